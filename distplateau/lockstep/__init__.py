@@ -1,0 +1,1 @@
+"""One decision per validation, the same bits on every rank."""

@@ -1,0 +1,1 @@
+"""What a run leaves behind; readable on a laptop without torch."""
