@@ -61,7 +61,8 @@ def dump(state: PlateauState) -> dict[str, Any]:
 
 
 def _load(kind: type[PlateauState], values: Mapping[str, Any]) -> PlateauState:
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return kind(**fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,7 @@ class Timed:
         return PlateauState(lrs=lrs, best=self.rule.worst)
 
     def advance(self, state: PlateauState, metric: float) -> tuple[PlateauState, Decision]:
-        """Record one validation; `lr_before` is what the last optimizer step used, `lr_after` what the next one will."""
+        """Record a validation; `lr_before` is what the last optimizer step used, `lr_after` what the next one will."""
         rule, count = self.rule, state.validations + 1
         if not math.isfinite(metric) and rule.nonfinite == "raise":
             raise plateau.NonFiniteMetricError(f"validation {count}: the monitored metric is {metric!r}")
