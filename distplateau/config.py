@@ -153,7 +153,7 @@ class TrainingSection(Section):
     """The loop."""
 
     epochs: Annotated[Positive, Field(description="passes over the training data")] = 10
-    loss: Annotated[str, Field(description="cross_entropy")] = "cross_entropy"
+    loss: Annotated[Literal["cross_entropy"], Field(description="cross_entropy")] = "cross_entropy"
     precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="mixed precision through Accelerate")] = "no"
     grad_accumulation: Annotated[Positive, Field(description="micro-batches a global batch is computed in")] = 1
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None

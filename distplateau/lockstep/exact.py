@@ -253,7 +253,7 @@ def _decompose(values: Tensor, counters: Tensor, used: Tensor | None) -> tuple[T
 
     The bits are read as they stand rather than through `frexp`, so that flush-to-zero modes change nothing.
     """
-    if not values.is_floating_point():
+    if not values.is_floating_point() and values.element_size() == 8:
         whole = values.to(torch.int64)
         low, high = whole & _LIMB_MASK, whole >> _LIMB_BITS
         position = torch.full_like(whole, 1074)

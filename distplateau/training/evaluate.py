@@ -1,0 +1,81 @@
+"""Measure the best weights of a run on a split that never took part in training."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from distplateau.config import load_config
+from distplateau.errors import InputError
+from distplateau.lockstep.metric import GlobalMean
+from distplateau.training.data import check_data, load_data
+from distplateau.training.models import load_model
+from distplateau.training.trainer import measure, metric_names, share_cores
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distplateau.config import Config
+
+FILE_NAME = "evaluation.json"
+
+
+def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -> dict[str, Any]:
+    """Measure ``model.safetensors`` on a split, exactly, and write the result beside the run. Every rank calls it.
+
+    Parameters
+    ----------
+    split
+        ``test`` or ``validation``.
+    data_root
+        In place of the run's ``data.root``.
+
+    Returns
+    -------
+    dict
+        ``loss``, ``accuracy``, ``top5`` (with more than five classes) and ``count``.
+
+    Raises
+    ------
+    InputError
+        If the folder holds no trained run or the data is missing; before there is a process group.
+    """
+    config = _run_config(run_dir)
+    if data_root is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"root": data_root})})
+    model = load_model(run_dir)
+    check_data(config.data)
+    data = load_data(config.data, config.run.seed)
+    share_cores()
+    accelerator = Accelerator(mixed_precision=config.training.precision)
+    try:
+        metrics = {name: GlobalMean() for name in metric_names(data.num_classes)}
+        # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
+        model = model.to(accelerator.device)
+        with accelerator.autocast():
+            measure(accelerator, model, data.to(accelerator.device), split, config.data.eval_batch_size, metrics)
+        result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
+        result["count"] = int(metrics["val/loss"].count)
+        if accelerator.is_main_process:
+            _write(run_dir / FILE_NAME, split, result)
+    finally:
+        accelerator.end_training()
+    return result
+
+
+def _run_config(run_dir: Path) -> Config:
+    if not (run_dir / "config.toml").is_file():
+        raise InputError(str(run_dir), "is no run folder (it has no config.toml)", "give <run.dir>/<run.name>")
+    return load_config(run_dir / "config.toml")
+
+
+def _write(path: Path, split: str, result: dict[str, Any]) -> None:
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        known = {}
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,645 @@
+"""The loop: batches, validation, decision, ledger, checkpoint.
+
+Everything that can be wrong in the configuration is found in `prepare_parts`, before there is a process group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import socket
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from torch.nn import functional
+
+import distplateau
+from distplateau.config import Config, dump_config, interval_in_steps, load_config
+from distplateau.errors import InputError
+from distplateau.lockstep import schedules
+from distplateau.lockstep.metric import GlobalMean
+from distplateau.lockstep.plateau import PlateauRule
+from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
+from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
+from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
+from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
+from distplateau.training.data import DataSet, check_data, deal_batches, epoch_order, load_data, rank_slice
+from distplateau.training.models import build_model, check_model
+from distplateau.training.optimizers import build_optimizer
+from distplateau.training.progress import ProgressReport
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from distplateau.lockstep.plateau import Decision
+    from distplateau.lockstep.scheduler import Consultation
+
+_TOP_K = 5
+# What may differ between a run and its continuation without changing what is computed.
+_FREE_SECTIONS = frozenset({"checkpoint", "tracking"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the configuration describes, built on the CPU before any process group."""
+
+    data: DataSet
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LockstepScheduler
+    length: schedules.Length
+
+
+@dataclass
+class Best:
+    """The best validation so far, by the plain value of the monitored metric."""
+
+    value: float
+    validation: int = 0
+    step: int = 0
+
+
+def train(config: Config, *, override: bool = False) -> Path:
+    """Train a run to its end, from its newest checkpoint if there is one. Every rank calls it.
+
+    Parameters
+    ----------
+    override
+        Continue even if the configuration differs from the run's.
+
+    Returns
+    -------
+    Path
+        The run folder.
+
+    Raises
+    ------
+    InputError
+        For anything wrong in the configuration; before there is a process group.
+    """
+    parts = prepare_parts(config)
+    _check_run_folder(config, override=override)
+    share_cores()
+    accelerator = Accelerator(
+        mixed_precision=config.training.precision,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+    )
+    try:
+        Trainer(config, parts, accelerator).run()
+    finally:
+        accelerator.end_training()
+    return config.run_dir
+
+
+def prepare_parts(config: Config) -> Parts:
+    """Build data, model, optimizer and schedule, and say what is wrong with any of them.
+
+    Raises
+    ------
+    InputError
+        With the dotted key, the value and the fix.
+    """
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.data.global_batch_size < ranks:
+        raise InputError(
+            "data.global_batch_size",
+            f"is smaller than the {ranks} ranks",
+            f"use at least {ranks}, or fewer ranks",
+            value=config.data.global_batch_size,
+        )
+    _check_precision(config)
+    check_model(config.model)
+    check_data(config.data)
+    data = load_data(config.data, config.run.seed)
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, data.image_shape, data.num_classes)
+    optimizer = build_optimizer(config.optimizer, model)
+    steps_per_epoch = math.ceil(len(data.train) / config.data.global_batch_size)
+    length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
+    metrics = metric_names(data.num_classes)
+    if config.schedule.monitor not in metrics:
+        raise InputError(
+            "schedule.monitor",
+            "there is no such metric",
+            f"choose one of {', '.join(metrics)}",
+            value=config.schedule.monitor,
+        )
+    return Parts(data, model, optimizer, _build_scheduler(config, optimizer, length), length)
+
+
+def metric_names(num_classes: int) -> tuple[str, ...]:
+    """Return what a validation measures."""
+    return ("val/loss", "val/accuracy", "val/top5") if num_classes > _TOP_K else ("val/loss", "val/accuracy")
+
+
+class Trainer:
+    """One run on this rank.
+
+    Parameters
+    ----------
+    accelerator
+        Wraps model and optimizer and chooses the device.
+    """
+
+    def __init__(self, config: Config, parts: Parts, accelerator: Accelerator) -> None:
+        self.config, self.accelerator, self.length = config, accelerator, parts.length
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.main = accelerator.is_main_process
+        self.device = accelerator.device
+        self.data = parts.data.to(self.device)
+        self.model, self.optimizer, self.scheduler = accelerator.prepare(parts.model, parts.optimizer, parts.scheduler)
+        self.step = 0
+        self.best = Best(math.inf if config.schedule.resolved_mode == "min" else -math.inf)
+        self.reductions = 0
+        self.run_id = new_run_id()
+        self.mirror: Mirror = NoMirror()
+        self.checkpoints = CheckpointFolder(config.run_dir, config.checkpoint.keep)
+        self.validate_every = interval_in_steps(config.training.validate_every, parts.length.steps_per_epoch)
+        self.checkpoint_every = interval_in_steps(config.checkpoint.every, parts.length.steps_per_epoch)
+        self.train_loss = GlobalMean()
+        self.metrics = {name: GlobalMean() for name in metric_names(parts.data.num_classes)}
+        self._order: tuple[int, Tensor] | None = None
+        self._last_loss: Tensor | None = None
+        self._clock = _Clock()
+
+    def run(self) -> None:
+        """Train to the end."""
+        resumed = self._resume()
+        if self.main:
+            self._open_record(resumed)
+        progress = ProgressReport(
+            main=self.main,
+            total_steps=self.length.total_steps,
+            done_steps=self.step,
+            steps_per_epoch=self.length.steps_per_epoch,
+        )
+        with progress:
+            self._announce(progress, resumed)
+            try:
+                self._loop(progress)
+                self._finish(progress)
+            finally:
+                if self.main:
+                    self.mirror.finish()
+
+    def _loop(self, progress: ProgressReport) -> None:
+        self._clock.restart()
+        saved_at = self.step
+        while self.step < self.length.total_steps:
+            self._train_step()
+            self.step += 1
+            progress.stepped(self.step, self.scheduler.get_last_lr()[0], self._read_loss)
+            at_end = self.step == self.length.total_steps
+            if self.step % self.validate_every == 0 or at_end:
+                event = self._validate()
+                progress.validated(event, self.config.training.epochs, self._patience)
+                if self.step - saved_at >= self.checkpoint_every or at_end:
+                    saved_at = self.step
+                    self._save()
+                self._clock.restart()
+
+    # One optimizer step.
+
+    def _train_step(self) -> None:
+        """Make one optimizer step on this rank's slice of the global batch. Nothing here waits for the device."""
+        indices, batch_size = self._batch_indices()
+        _seed_step(self.config.run.seed, self.step, self.rank)
+        self.model.train()
+        micro_batches = self.config.training.grad_accumulation
+        for place in range(micro_batches):
+            begin, end = rank_slice(0, len(indices), place, micro_batches)
+            last = place == micro_batches - 1
+            if begin < end or last:
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    self._backward(indices[begin:end], batch_size)
+        if self.config.training.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
+        self.optimizer.step()
+        self.scheduler.step_update()
+        self.optimizer.zero_grad()
+        self._clock.samples += batch_size
+
+    def _backward(self, indices: Tensor, batch_size: int) -> None:
+        """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
+
+        A rank whose slice is empty joins the gradient exchange with samples of weight zero. BatchNorm cannot compute
+        the statistics of one sample: such a slice is padded the same way.
+        """
+        real = len(indices)
+        if real < self._min_samples:
+            filler = self._epoch_order()[: self._min_samples - real]
+            indices = torch.cat([indices, filler])
+        images = self.data.normalize(self.data.train.images[indices])
+        losses = functional.cross_entropy(self.model(images), self.data.train.labels[indices], reduction="none")
+        self.train_loss.update(losses.detach()[:real])
+        loss = losses[:real].sum() if real else losses.sum() * 0.0
+        self._last_loss = losses.detach()
+        self.accelerator.backward(loss * (self.world_size / batch_size))
+
+    def _batch_indices(self) -> tuple[Tensor, int]:
+        """Return the indices of this rank's samples of the current global batch, and the size of that batch."""
+        size = self.config.data.global_batch_size
+        start = self.step % self.length.steps_per_epoch * size
+        stop = min(start + size, len(self.data.train))
+        begin, end = rank_slice(start, stop, self.rank, self.world_size)
+        return self._epoch_order()[begin:end], stop - start
+
+    def _epoch_order(self) -> Tensor:
+        epoch = self.step // self.length.steps_per_epoch
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(len(self.data.train), self.config.run.seed, epoch)
+            self._order = epoch, order.to(self.device)
+        return self._order[1]
+
+    @property
+    def _min_samples(self) -> int:
+        return 2 if self._has_batchnorm else 1
+
+    @property
+    def _has_batchnorm(self) -> bool:
+        if not hasattr(self, "_batchnorm"):
+            self._batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
+        return self._batchnorm
+
+    def _read_loss(self) -> float:
+        return math.nan if self._last_loss is None or not len(self._last_loss) else float(self._last_loss.mean())
+
+    # One validation.
+
+    def _validate(self) -> Event:
+        """Measure, agree, decide, record: the same decision on every rank, one all-reduce for all metrics."""
+        self._clock.training_ends()
+        sync_buffers(self.model, self.config.training.sync_batchnorm_stats)
+        measure(self.accelerator, self.model, self.data, "validation", self.config.data.eval_batch_size, self.metrics)
+        monitored = self.metrics[self.config.schedule.monitor]
+        others = [metric for metric in self.metrics.values() if metric is not monitored]
+        consultation = self.scheduler.consult(monitored, also=[*others, self.train_loss])
+        decision = self.scheduler.decide(consultation.value)
+        self.reductions += decision.reduced
+        improved = self._note_best(decision)
+        event = self._event(decision, consultation)
+        if self.main:
+            if improved:
+                self._save_best(decision)
+            event = self.ledger.append("validation", **event)
+        return event
+
+    def _note_best(self, decision: Decision) -> bool:
+        """Remember the best value as such, without the threshold that the schedule puts on it."""
+        sign = 1 if self.config.schedule.resolved_mode == "min" else -1
+        if not math.isfinite(decision.value) or sign * decision.value >= sign * self.best.value:
+            return False
+        self.best = Best(decision.value, decision.validation, self.step)
+        return True
+
+    def _event(self, decision: Decision, consultation: Consultation) -> Event:
+        train_seconds, seconds = self._clock.read()
+        return {
+            "validation": decision.validation,
+            "epoch": self.step / self.length.steps_per_epoch,
+            "step": self.step,
+            "monitor": self.config.schedule.monitor,
+            "value": decision.value,
+            "count": int(self.metrics["val/loss"].count),
+            "decision": decision.kind,
+            "lr_before": decision.lr_before,
+            "lr_after": decision.lr_after,
+            "best": decision.best,
+            "num_bad": decision.num_bad,
+            "cooldown": decision.cooldown,
+            "ranks": consultation.ranks,
+            "digest": consultation.digest,
+            "train_loss": self.train_loss.compute(),
+            "metrics": {name: metric.compute() for name, metric in self.metrics.items()},
+            "samples_per_second": round(self._clock.samples / train_seconds, 1),
+            "seconds": round(seconds, 3),
+        }
+
+    @property
+    def _patience(self) -> int | None:
+        decides = self.config.schedule.name in {"plateau", "greedy"}
+        return self.config.schedule.patience if decides else None
+
+    # What the run leaves behind.
+
+    def _save_best(self, decision: Decision) -> None:
+        metadata = {
+            "monitor": self.config.schedule.monitor,
+            "value": repr(decision.value),
+            "validation": str(decision.validation),
+            "step": str(self.step),
+        }
+        save_weights(self.config.run_dir / "model.safetensors", self._weights(), metadata)
+
+    def _save(self) -> None:
+        """Save after the decision, so that an observation is never lost or made twice."""
+        if not self.main:
+            return
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step,
+            "validations": self.scheduler.state.validations,
+            "scheduler": self.scheduler.state_dict(),
+            "best": vars(self.best),
+            "reductions": self.reductions,
+            "run_id": self.run_id,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        optimizer = self.optimizer.state_dict()
+        self.checkpoints.save(Checkpoint(self._weights(), optimizer, _plain_infinities(state)), self.step)
+        self.mirror.catch_up()
+
+    def _resume(self) -> Checkpoint | None:
+        """Continue from the newest checkpoint that is whole. Every rank reads it."""
+        checkpoint, rejected = self.checkpoints.load_newest()
+        for one in rejected if self.main else ():
+            self.accelerator.print(f"checkpoint {one.path} is passed over: {one.reason}")
+        if checkpoint is None:
+            return None
+        state = _real_infinities(checkpoint.state)
+        self.accelerator.unwrap_model(self.model).load_state_dict(dict(checkpoint.model))
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.scheduler.load_state_dict(state["scheduler"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.reductions, self.run_id = state["step"], state["reductions"], state["run_id"]
+        self.best = Best(**state["best"])
+        return checkpoint
+
+    def _open_record(self, resumed: Checkpoint | None) -> None:
+        """Write the configuration and the first event, open the mirror. Main rank."""
+        run_dir = self.config.run_dir
+        started_before = (run_dir / FILE_NAME).exists()
+        self.ledger = Ledger(run_dir)
+        (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
+        last_validation = 0
+        if resumed is not None:
+            self.checkpoints.restore_best(resumed)
+            last_validation = int(resumed.state["validations"])
+        if not started_before:
+            self.ledger.append("start", run=self.config.run.name, **self._circumstances(), **self._description())
+        elif read_ledger(run_dir).finished is None or self.step < self.length.total_steps:
+            self.ledger.append("resumed", last_validation=last_validation, step=self.step, **self._circumstances())
+        self.mirror = open_mirror(self.config, self.run_id)
+
+    def _circumstances(self) -> dict[str, Any]:
+        return {
+            "world_size": self.world_size,
+            "device": _device_name(self.device),
+            "hostname": socket.gethostname(),
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "distplateau": distplateau.__version__,
+            },
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        }
+
+    def _description(self) -> dict[str, Any]:
+        section, rule = self.config.schedule, self.scheduler.schedule.rule
+        return {
+            "monitor": section.monitor,
+            "schedule": {
+                "name": section.name,
+                "rule": {name: getattr(rule, name) for name in PlateauRule.__slots__},
+                "args": section.args,
+                "total_steps": self.length.total_steps,
+                "steps_per_epoch": self.length.steps_per_epoch,
+            },
+            "lrs": self.scheduler.state.lrs,
+            "image_shape": self.data.image_shape,
+            "num_classes": self.data.num_classes,
+            "classes": self.data.classes,
+            "samples": {
+                "train": len(self.data.train),
+                "validation": len(self.data.validation),
+                "test": len(self.data.test),
+            },
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "run_id": self.run_id,
+        }
+
+    def _announce(self, progress: ProgressReport, resumed: Checkpoint | None) -> None:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        progress.say(
+            f"{self.config.run.name}: {self.config.model.name} with {parameters:,} parameters on {self.data.name} "
+            f"({len(self.data.train):,} training, {len(self.data.validation):,} validation samples), "
+            f"{ranks} on {_device_name(self.device)}, {self.config.schedule.name} schedule"
+        )
+        for key in self.config.schedule.without_effect:
+            progress.say(f"schedule.{key} has no effect on the {self.config.schedule.name} schedule", "yellow")
+        if resumed is not None and self.step < self.length.total_steps:
+            progress.say(f"resumed from {resumed.path} after validation {resumed.state['validations']}")
+
+    def _finish(self, progress: ProgressReport) -> None:
+        if self.main and read_ledger(self.config.run_dir).finished is None:
+            self.ledger.append(
+                "finished",
+                epoch=self.step / self.length.steps_per_epoch,
+                step=self.step,
+                validations=self.scheduler.state.validations,
+                best=self.best.value,
+                best_validation=self.best.validation,
+                best_step=self.best.step,
+                reductions=self.reductions,
+                seconds=_training_seconds(read_ledger(self.config.run_dir).validations),
+            )
+        progress.say(
+            f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
+            f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}; run folder {self.config.run_dir}"
+        )
+
+    def _weights(self) -> dict[str, Tensor]:
+        return self.accelerator.unwrap_model(self.model).state_dict()
+
+
+def measure(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: DataSet,
+    split: str,
+    batch_size: int,
+    metrics: dict[str, GlobalMean],
+) -> None:
+    """Add this rank's share of a split to the metrics. No communication; every sample is on exactly one rank.
+
+    Whole batches of a fixed size are dealt out, so that a sample's loss is computed in the same shape, and with the
+    same bits, at any number of ranks.
+    """
+    network = accelerator.unwrap_model(model)
+    network.eval()
+    samples = getattr(data, split)
+    with torch.inference_mode():
+        for begin, end in deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes):
+            logits = network(data.normalize(samples.images[begin:end])).float()
+            labels = samples.labels[begin:end]
+            metrics["val/loss"].update(functional.cross_entropy(logits, labels, reduction="none"))
+            metrics["val/accuracy"].update(logits.argmax(1) == labels)
+            if "val/top5" in metrics:
+                metrics["val/top5"].update((logits.topk(_TOP_K).indices == labels[:, None]).any(1))
+
+
+def sync_buffers(model: nn.Module, how: str) -> None:
+    """Make the buffers equal on all ranks, so that all of them validate the same network. Collective.
+
+    DDP leaves each rank with the BatchNorm statistics of its own samples. ``mean`` averages floating buffers,
+    ``broadcast`` takes those of the first rank; counters are always the first rank's.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for dtype in dict.fromkeys(buffer.dtype for buffer in model.buffers()):
+        buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype]
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        if how == "mean" and dtype.is_floating_point:
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        else:
+            dist.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+class _Clock:
+    """Time since the last validation, with and without the validation itself."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.samples = 0
+        self._start = self._train_end = time.perf_counter()
+
+    def training_ends(self) -> None:
+        self._train_end = time.perf_counter()
+
+    def read(self) -> tuple[float, float]:
+        now = time.perf_counter()
+        return max(self._train_end - self._start, 1e-9), now - self._start
+
+
+def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:
+    section = config.schedule
+    factor = schedules.SCHEDULES[section.name].factor if section.factor is None else section.factor
+    try:
+        rule = PlateauRule(
+            mode=section.resolved_mode,
+            factor=tuple(factor) if isinstance(factor, list) else factor,
+            patience=section.patience,
+            threshold=section.threshold,
+            threshold_mode=section.threshold_mode,
+            cooldown=section.cooldown,
+            min_lr=tuple(section.min_lr) if isinstance(section.min_lr, list) else section.min_lr,
+            eps=section.eps,
+            warmup_steps=section.warmup_steps,
+            start_after=section.start_after,
+            smoothing=section.smoothing,
+            nonfinite=section.nonfinite,
+        )
+        return make_scheduler(optimizer, section.name, rule, section.args, length)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError("schedule", str(error), "mend that setting of [schedule]") from None
+
+
+def _check_precision(config: Config) -> None:
+    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+    if config.training.precision == "fp16" and on_cpu:
+        raise InputError("training.precision", "fp16 needs a GPU", "use 'bf16' or 'no' on a CPU", value="fp16")
+
+
+def _check_run_folder(config: Config, *, override: bool) -> None:
+    """Refuse to continue a run with settings that would make it another one."""
+    run_dir = config.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # Not os.access: root may write anywhere but into a read-only file system.
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another folder", value=config.run.dir
+        ) from None
+    saved = run_dir / "config.toml"
+    if override or not saved.exists() or not (run_dir / FILE_NAME).exists():
+        return
+    different = differences(load_config(saved), config)
+    if different:
+        raise InputError(
+            str(run_dir),
+            f"holds a run with other settings ({'; '.join(different)})",
+            "choose another run.name, or continue it with --resume override",
+        )
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return what differs between two configurations and changes what is computed, as ``key old -> new``."""
+    result = []
+    tree_old, tree_new = old.model_dump(), new.model_dump()
+    for section in tree_old.keys() - _FREE_SECTIONS - {"run"}:
+        keys = sorted(tree_old[section].keys() | tree_new[section].keys())
+        for key in keys:
+            before, after = tree_old[section].get(key), tree_new[section].get(key)
+            heeded = section != "schedule" or key not in new.schedule.without_effect
+            if before != after and heeded and (section, key) != ("data", "root"):
+                result.append(f"{section}.{key} {before!r} -> {after!r}")
+    if old.run.seed != new.run.seed:
+        result.append(f"run.seed {old.run.seed} -> {new.run.seed}")
+    return sorted(result)
+
+
+def share_cores() -> None:
+    """Give each rank on this machine its share of the cores; torch would start as many threads in each."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
+
+
+def _seed_step(seed: int, step: int, shard: int) -> None:
+    """Make dropout a function of (seed, step, shard), so that a resumed run repeats itself."""
+    mixed = hashlib.blake2b(f"{seed} {step} {shard}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(mixed, "little") >> 1)
+
+
+def _training_seconds(validations: list[Event]) -> float:
+    return round(sum(event["seconds"] for event in validations), 3)
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" if device.type == "cpu" else str(device)
+    )
+
+
+def _plain_infinities(value: Any) -> Any:
+    """JSON has no infinities; `best` starts as one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"nonfinite": repr(value)}
+    if isinstance(value, dict):
+        return {key: _plain_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_infinities(item) for item in value]
+    return value
+
+
+def _real_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"nonfinite"}:
+            return float(value["nonfinite"])
+        return {key: _real_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_real_infinities(item) for item in value]
+    return value
