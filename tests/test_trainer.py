@@ -324,7 +324,7 @@ def test_parameter_groups_have_rates_of_their_own(tmp_path):
     config = make_config(
         tmp_path,
         optimizer={"groups": [{"match": "bias", "lr": 0.1, "weight_decay": 0.0}]},
-        schedule={"factor": [0.5, 0.1]},
+        schedule={"factor": [0.5, 0.1], "threshold": 0.9},
     )
     run_ranks(_train, 2, config)
     history = read_ledger(tmp_path / "run")

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import textwrap
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -260,11 +261,11 @@ def _style() -> Any:
 
 def _draw_losses(axes: Axes, history: History) -> None:
     epochs = [event["epoch"] for event in history.validations]
-    train = [_finite(event.get("train_loss")) for event in history.validations]
-    values = [_top_value(event, history) for event in history.validations]
+    train = [_drawable(event.get("train_loss")) for event in history.validations]
+    values = [_drawable(_top_value(event, history)) for event in history.validations]
     if any(map(math.isfinite, train)):
         axes.plot(epochs, train, color=_COLOURS["train"][0], marker=_marker(epochs), label="training loss")
-    label = "validation loss" if _has_loss(history) else str(history.validations[0]["monitor"])
+    label = "validation loss" if _has_loss(history) else _label_of(history.validations[0]["monitor"])
     _plot(axes, epochs, values, "validation", label)
     _scale(axes, [*train, *values])
     _mark_best(axes, history, lambda event: _top_value(event, history))
@@ -305,7 +306,7 @@ def _lr_path(history: History, group: int) -> tuple[list[float], list[float]]:
     for event in history.validations:
         points += [(event["epoch"], event["lr_before"][group]), (event["epoch"], event["lr_after"][group])]
     points.sort(key=lambda point: point[0])
-    return [epoch for epoch, _ in points], [_positive(rate) for _, rate in points]
+    return [epoch for epoch, _ in points], [_drawable(rate) if rate > 0 else math.nan for _, rate in points]
 
 
 def _mark_changes(losses: Axes, rates: Axes, history: History) -> None:
@@ -346,12 +347,12 @@ def _mark_requeues(panels: Iterable[Axes], history: History) -> None:
 
 def _mark_best(axes: Axes, history: History, value_of: Any) -> None:
     best = best_validation(history)
-    if best is None or not math.isfinite(value_of(best)):
+    if best is None or not math.isfinite(value := _drawable(value_of(best))):
         return
     axes.plot(
-        [best["epoch"]], [value_of(best)], linestyle="none", marker="o", markersize=8, markeredgewidth=1.7,
+        [best["epoch"]], [value], linestyle="none", marker="o", markersize=8, markeredgewidth=1.7,
         markerfacecolor="none", markeredgecolor=_COLOURS["validation"][0], zorder=4, gid="best",
-        label=f"best {best['monitor']} {_metric(best['monitor'], best['value'])}",
+        label=f"best {_label_of(best['monitor'])} {_metric(best['monitor'], best['value'])}",
     )  # fmt: skip
 
 
@@ -373,9 +374,8 @@ def _metric_panels(history: History) -> list[list[str]]:
 def _draw_metric_panel(axes: Axes, names: Sequence[str], history: History) -> None:
     epochs = [event["epoch"] for event in history.validations]
     share = names[0] in _PANEL_METRICS
-    labels = {"val/accuracy": "validation accuracy", "val/top5": "top-5 accuracy"}
     for name, colour in zip(names, ("validation", "lr1"), strict=False):
-        _plot(axes, epochs, [_measured(event, name) for event in history.validations], colour, labels.get(name, name))
+        _plot(axes, epochs, [_drawable(_measured(event, name)) for event in history.validations], colour, _label_of(name))
     if history.validations[0]["monitor"] in names:
         _mark_best(axes, history, lambda event: event["value"])
     if share:
@@ -387,6 +387,12 @@ def _draw_metric_panel(axes: Axes, names: Sequence[str], history: History) -> No
 
 def _plot(axes: Axes, epochs: Sequence[float], values: Sequence[float], colour: str, label: str) -> None:
     axes.plot(epochs, values, color=_COLOURS[colour][0], marker=_marker(epochs), label=label, zorder=3)
+
+
+def _label_of(name: str) -> str:
+    words = {"val/loss": "loss", "val/accuracy": "accuracy", "val/top5": "top-5 accuracy"}
+    # A name that is too long for the figure would leave no room for the curves.
+    return words.get(name) or textwrap.shorten(str(name), 32, placeholder="…") or "…"
 
 
 def _marker(points: Sequence[float]) -> str | None:
@@ -404,8 +410,7 @@ def _scale(axes: Axes, values: Sequence[float], *, log: bool = False) -> None:
     decades = math.log10(high / low)
     margin = max(0.06 * decades, 0.3 if log and decades < 0.3 else 0.03)
     axes.set_yscale("log")
-    # Python's floats end there; a diverged run must not end the report.
-    axes.set_ylim(max(low / 10**margin, 1e-300), min(high, 1e300) * 10**margin)
+    axes.set_ylim(low / 10**margin, high * 10**margin)
     subs = (1.0, 2.0, 5.0) if decades < 1.6 else (1.0, 3.0) if decades < 3 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -790,8 +795,10 @@ def _finite(value: float | None) -> float:
     return value if value is not None and math.isfinite(value) else math.nan
 
 
-def _positive(value: float) -> float:
-    return value if 0 < value < math.inf else math.nan
+def _drawable(value: float | None) -> float:
+    """Keep clear of where Python's floats end: a run that diverged must not take the report with it."""
+    value = _finite(value)
+    return math.copysign(min(max(abs(value), 1e-200), 1e200), value) if value else value
 
 
 def _short(value: float, digits: int = 3) -> str:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.data import check_data, load_data
+from distplateau.training.data import load_data
 from distplateau.training.models import load_model
 from distplateau.training.trainer import measure, metric_names, share_cores
 
@@ -46,7 +46,6 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     if data_root is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": data_root})})
     model = load_model(run_dir)
-    check_data(config.data)
     data = load_data(config.data, config.run.seed)
     share_cores()
     accelerator = Accelerator(mixed_precision=config.training.precision)

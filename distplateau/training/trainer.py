@@ -32,8 +32,8 @@ from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
-from distplateau.training.data import DataSet, check_data, deal_batches, epoch_order, load_data, rank_slice
-from distplateau.training.models import build_model, check_model
+from distplateau.training.data import DataSet, deal_batches, epoch_order, load_data, rank_slice
+from distplateau.training.models import build_model
 from distplateau.training.optimizers import build_optimizer
 from distplateau.training.progress import ProgressReport
 
@@ -117,8 +117,6 @@ def prepare_parts(config: Config) -> Parts:
             value=config.data.global_batch_size,
         )
     _check_precision(config)
-    check_model(config.model)
-    check_data(config.data)
     data = load_data(config.data, config.run.seed)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, data.image_shape, data.num_classes)
