@@ -5,13 +5,10 @@ PIP_ARGS ?=
 PYTEST_ARGS ?=
 DATA ?= digits
 
-SHELL := /bin/bash
-.SHELLFLAGS := -euo pipefail -c
+.SHELLFLAGS := -euc
 .DEFAULT_GOAL := help
 # Two installations into one .venv must not run side by side; what takes long here uses all cores anyway.
 .NOTPARALLEL:
-# The last line of `make -C elsewhere demo` is the path of the report, too.
-MAKEFLAGS += --no-print-directory
 
 BIN := .venv/bin
 
@@ -40,8 +37,7 @@ demo: .venv/.installed-demo ## train on every GPU or on 2 CPU processes, evaluat
 	case $$gpus in \
 	0)	launch='cpu.yaml --num_processes 2'; \
 		echo "demo: training on $(DATA) with 2 CPU processes"; \
-		export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" \
-			GLOO_SOCKET_IFNAME="$${GLOO_SOCKET_IFNAME:-lo}";; \
+		export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-1}" GLOO_SOCKET_IFNAME="$${GLOO_SOCKET_IFNAME:-lo}";; \
 	1)	launch=one_gpu.yaml; \
 		echo "demo: training on $(DATA) with 1 GPU";; \
 	*)	launch="one_node.yaml --num_processes $$gpus"; \
@@ -75,11 +71,11 @@ clean: ## remove .venv, caches and build files; runs/ and data/ stay
 
 # One stamp for each set of packages. An installation runs again when pyproject.toml has changed since, or when it was
 # cut short; the larger set counts for the smaller one as well.
-.venv/.installed-demo: pyproject.toml | .venv/bin/python
+.venv/.installed-demo: pyproject.toml | .venv/bin/pip
 	@$(call pip_install,.)
 	@touch $@
 
-.venv/.installed-test: pyproject.toml | .venv/bin/python
+.venv/.installed-test: pyproject.toml | .venv/bin/pip
 	@$(call pip_install,.[test])
 	@touch .venv/.installed-demo $@
 
@@ -90,8 +86,8 @@ touch .venv/.begun; \
 $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input $(PIP_ARGS) -e '$(1)'
 endef
 
-# An environment without pip is what a failed attempt leaves behind, so that is never left behind.
-.venv/bin/python:
+# pip comes last, so it says that the environment is complete.
+.venv/bin/pip:
 	@command -v '$(PYTHON)' >/dev/null || \
 		{ echo 'make: there is no $(PYTHON); install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3' >&2; exit 1; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -99,4 +95,4 @@ endef
 	@'$(PYTHON)' -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo 'make: $(PYTHON) comes without venv; install it, e.g. apt-get install python3-venv' >&2; exit 1; }
 	@echo "making .venv with $$('$(PYTHON)' --version)"
-	@'$(PYTHON)' -m venv .venv || { rm -rf .venv; exit 1; }
+	@'$(PYTHON)' -m venv .venv

@@ -26,6 +26,12 @@ def _check_interval(text: str) -> str:
     return text
 
 
+def _check_folder(name: str) -> str:
+    if name in {".", ".."}:
+        raise ValueError("write the name of a folder")
+    return name
+
+
 def interval_in_steps(text: str, steps_per_epoch: int) -> int:
     """Translate an interval such as ``"2 epochs"`` or ``"500 steps"`` to optimizer steps."""
     match = _INTERVAL.fullmatch(text)
@@ -49,7 +55,11 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where the run lives and what its randomness is derived from."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\x00]+$", description="folder name of the run")] = "run"
+    name: Annotated[
+        str,
+        AfterValidator(_check_folder),
+        Field(pattern=r"^[^/\x00-\x1f\x7f]+$", description="folder name of the run, without /"),
+    ] = "run"
     dir: Annotated[str, Field(min_length=1, description="folder that holds the runs")] = "runs"
     seed: Annotated[int, Field(ge=0, lt=2**63, description="weights, data order and dropout follow from it")] = 0
 
@@ -114,7 +124,9 @@ class ScheduleSection(Section):
     ] = None
     patience: Annotated[NonNegative, Field(description="bad validations that are tolerated")] = 10
     threshold: Annotated[Rate, Field(description="smallest change that counts as better")] = 1e-4
-    threshold_mode: Literal["rel", "abs"] = "rel"
+    threshold_mode: Annotated[Literal["rel", "abs"], Field(description="rel: a share of the best; abs: as it is")] = (
+        "rel"
+    )
     cooldown: Annotated[NonNegative, Field(description="validations to wait after a change")] = 0
     min_lr: Annotated[Rate | list[Rate], Field(description="floor, one or per group")] = 0.0
     eps: Annotated[Rate, Field(description="smaller changes of the LR are not made")] = 1e-8
@@ -156,7 +168,9 @@ class TrainingSection(Section):
     loss: Annotated[Literal["cross_entropy"], Field(description="cross_entropy")] = "cross_entropy"
     precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="mixed precision through Accelerate")] = "no"
     grad_accumulation: Annotated[Positive, Field(description="micro-batches a global batch is computed in")] = 1
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, Field(description="clip gradients to this norm")] = (
+        None
+    )
     validate_every: Annotated[Interval, Field(description='"1 epoch" or "500 steps"')] = "1 epoch"
     sync_batchnorm_stats: Annotated[
         Literal["mean", "broadcast"], Field(description="make BatchNorm buffers equal before a validation")
@@ -176,10 +190,10 @@ class TrackingSection(Section):
     wandb: Annotated[Literal["online", "offline", "disabled"], Field(description="offline needs no account")] = (
         "offline"
     )
-    project: Annotated[str, Field(min_length=1)] = "distplateau"
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = []
+    project: Annotated[str, Field(min_length=1, description="W&B project")] = "distplateau"
+    entity: Annotated[str | None, Field(description="W&B user or team")] = None
+    group: Annotated[str | None, Field(description="W&B group")] = None
+    tags: Annotated[list[str], Field(description="list of W&B tags")] = []
 
 
 class Config(Section):
@@ -257,7 +271,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise InputError(str(path), "there is no such file", "give the path of a run's TOML file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(str(path), f"cannot be read ({error})", "give the path of a run's TOML file") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
         raise InputError(str(path), f"is not valid TOML ({error})", "mend that line") from None
 
 
@@ -270,7 +284,7 @@ def _parse_value(key: str, text: str) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:
         return text
 
 
@@ -285,7 +299,10 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def _input_error(error: ValidationError) -> InputError:
     """Turn pydantic's first complaint into one line with the dotted key, the value and the fix."""
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    alternatives = [detail for detail in errors if detail["loc"][:2] == errors[0]["loc"][:2]]
+    # Where a key takes a number or a list, the complaint that counts is the one of the kind that was written.
+    first = next((detail for detail in alternatives if not detail["type"].endswith("_type")), errors[0])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
@@ -330,5 +347,7 @@ def _key_suggestion(key: str) -> str:
     section, _, name = key.partition(".")
     if not name:
         return closest(key, Config.model_fields)
+    if key.startswith("optimizer.groups."):
+        return closest(key.rpartition(".")[2], ParamGroup.model_fields)
     names = {full.split(".", 1)[1] for full in dotted_keys() if full.startswith(f"{section}.")}
     return closest(name, names)

@@ -118,9 +118,7 @@ def _late(rank):
         return "late"
     begin = time.monotonic()
     try:
-        consensus.exchange(
-            [Partial()], Fingerprint(), timeout=timedelta(seconds=0.5), label="validation 3"
-        )
+        consensus.exchange([Partial()], Fingerprint(), timeout=timedelta(seconds=0.5), label="validation 3")
     except ConsensusTimeoutError as error:
         return str(error), time.monotonic() - begin
     return "no error", 0.0

@@ -76,7 +76,9 @@ def test_weighted_mean_is_the_rounded_fraction(count, seed, dtype):
     total = ExactSum()
     for v, w in zip(values.split(9), weights.split(9), strict=True):
         total.add(v, w)
-    products = sum((Fraction(v) * Fraction(w) for v, w in zip(values.tolist(), weights.tolist(), strict=True)), Fraction(0))
+    products = sum(
+        (Fraction(v) * Fraction(w) for v, w in zip(values.tolist(), weights.tolist(), strict=True)), Fraction(0)
+    )
     if weight := fraction_sum(weights):
         assert total.mean() == rounded(products / weight)
         assert total.partial().count() == rounded(weight)

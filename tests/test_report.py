@@ -61,7 +61,9 @@ class Run:
                 "monitor": "val/loss", "value": loss, "count": 143, "decision": decision.kind,
                 "lr_before": decision.lr_before, "lr_after": decision.lr_after, "best": decision.best,
                 "num_bad": decision.num_bad, "cooldown": decision.cooldown, "ranks": ranks,
-                "digest": f"{decision.validation:04x}a7c3e1f09b52", "metrics": metrics, "samples_per_second": 5120.4 + 10 * decision.validation, "seconds": 3.25, "train_loss": loss * 0.93 ** (self.state.step / STEPS),
+                "digest": f"{decision.validation:04x}a7c3e1f09b52", "metrics": metrics, "seconds": 3.25,
+                "samples_per_second": 5120.4 + 10 * decision.validation,
+                "train_loss": loss * 0.93 ** (self.state.step / STEPS),
             }  # fmt: skip
             self.ledger.append("validation", **{**event, **more})
         return self
@@ -224,7 +226,7 @@ def test_values_that_are_no_numbers(folder):
     losses = [math.nan, 2.0, math.inf, 1.5, math.nan, -math.inf, math.nan, math.nan]
     text = Run(folder).validate(*losses).report()
     said = words(text)
-    assert "was NaN or infinite and was counted as bad: validation 1, 3, 5, 6, 7, 8" in said
+    assert "was NaN or infinite and was counted as bad: validations 1, 3, 5, 6, 7, 8" in said
     assert 'id="run-nonfinite"' in text
     assert marked(text) == [8]
     assert "Best val/loss 1.5" in said
@@ -248,10 +250,18 @@ def test_a_group_each(folder):
     assert "0.01 / 0.005 / 0.0005 / 5e-5 / 5e-6" in words(text)
 
 
+def test_a_hundred_groups(folder):
+    rule = PlateauRule(factor=tuple(0.3 + 0.005 * i for i in range(100)), patience=0, eps=0.0)
+    text = Run(folder, rule=rule, lrs=tuple(1e-4 * 1.05**i for i in range(100))).validate(1.0, 2.0, 3.0).report()
+    assert 'id="run-lr-group-99"' in text
+    assert "to 0.0125 (100 groups)" in words(text)
+
+
 def test_a_cosine_is_not_a_fence_of_markers(folder):
     text = Run(folder, schedule="cosine").validate(*LOSSES).report()
     assert len(report.lr_changes(read_ledger(folder))) == 30
     assert marked(text, "scheduled") == []
+    assert "took the learning rate from 0.01 to 0," in words(text)
     assert "The cosine schedule changed it at 30 of 30 validations" in words(text)
 
 
@@ -306,7 +316,7 @@ def test_requeues_are_drawn_and_what_they_took_back_is_gone(folder):
 
 def test_the_status(folder):
     run = Run(folder).validate(*LOSSES[:3])
-    assert "Running, or stopped without a word" in words(run.report())
+    assert "Running or interrupted" in words(run.report())
     run.ledger.append("interrupted", step=60, reason="SIGTERM")
     assert "Interrupted at step 60: SIGTERM" in words(run.report())
 
@@ -317,10 +327,16 @@ def test_what_is_worth_knowing(folder):
         file.write('{"event": "valid')
     (folder / "evaluation.json").write_text("[]")
     said = words(run.report())
-    assert "patience 5 was never reached" in said and "the longest row was 4, in 13 validations" in said
+    assert "patience 5 was never reached" in said and "the longest such row was 4, in 13 validations" in said
     assert "torn lines (the machine died while writing); they were left out: 15" in said
     assert "not over the same number of samples: 140, 143" in said
     assert "evaluation.json cannot be read" in said
+
+
+def test_a_young_run_is_not_scolded(folder):
+    run = Run(folder).validate(*LOSSES[:3])
+    assert "never reached" not in run.report()
+    assert "patience 3 was never reached" in run.finish().report()
 
 
 def test_the_floor(folder):

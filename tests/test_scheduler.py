@@ -18,8 +18,8 @@ from distplateau import GlobalMean, ReduceLROnPlateau
 from distplateau.lockstep.consensus import DisagreementError
 from distplateau.lockstep.metric import StaleMetricError
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.lockstep.schedules import SCHEDULES, Length
 from distplateau.lockstep.scheduler import make_scheduler
+from distplateau.lockstep.schedules import SCHEDULES, Length
 from ranks import run_ranks
 
 

@@ -126,7 +126,7 @@ def test_one_process_is_bit_identical_to_a_plain_loop(tmp_path):
     assert same_tensors(ours, plain)
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Stands for whatever ends a job."""
 
 
@@ -136,12 +136,12 @@ def _train_until(rank, config, validations):
     def stop_after(self):
         save(self)
         if self.scheduler.state.validations == validations:
-            raise Stopped
+            raise StoppedError
 
     Trainer._save = stop_after
     try:
         train(config)
-    except Stopped:
+    except StoppedError:
         return "stopped"
     finally:
         Trainer._save = save
@@ -163,7 +163,18 @@ def test_resume_at_a_validation_gives_the_bits_of_an_uninterrupted_run(tmp_path,
     resumed = run_ranks(_train, ranks, config)
     assert same_tensors(resumed[0][1], whole[0][1])
     histories = [read_ledger(tmp_path / name / "run") for name in ("whole", "cut")]
-    keys = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad", "digest", "train_loss")
+    keys = (
+        "validation",
+        "step",
+        "value",
+        "decision",
+        "lr_before",
+        "lr_after",
+        "best",
+        "num_bad",
+        "digest",
+        "train_loss",
+    )
     lines = [[[event[key] for key in keys] for event in history.validations] for history in histories]
     assert lines[0] == lines[1]
     assert [e["event"] for e in histories[1].events].count("resumed") == 2

@@ -65,8 +65,11 @@ class PlateauRule:
         for factor in _each(self.factor):
             if not 0 <= factor < 1:
                 raise ValueError(f"factor={factor!r} must be at least 0 and below 1: the LR is multiplied by it")
+        for low in _each(self.min_lr):
+            if not 0 <= low < math.inf:
+                raise ValueError(f"min_lr={low!r} must be a finite number, at least 0")
         for name in ("patience", "cooldown", "warmup_steps", "start_after"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)!r} must not be negative")
         for name in ("threshold", "eps"):
             if not 0 <= getattr(self, name) < math.inf:

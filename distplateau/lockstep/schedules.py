@@ -199,7 +199,9 @@ class Greedy:
         if not self.reset_after or hits < self.reset_after:
             return replace(state, floor_hits=hits), kind
         fresh = self.start(state.initial_lrs)
-        return replace(fresh, validations=state.validations, step=state.step), "raised"
+        # The drop that led here has its cooldown all the same, as in transformers.
+        fresh = replace(fresh, validations=state.validations, step=state.step, cooldown=self.rule.cooldown)
+        return fresh, "raised" if fresh.lrs != lrs else kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -362,7 +364,7 @@ def _cosine_restarts(rule: PlateauRule, length: Length, args: dict[str, Any]) ->
 
     def curve(step: int, peak: float, low: float) -> float:
         cycle, position, span = _cycle(step, first, mult)
-        top = peak * gamma**cycle
+        top = max(low, peak * gamma**cycle)
         if position < warmup:
             return max(low, top * plateau.warmup_multiplier(position, warmup))
         return _half_cosine(top, low, (position - warmup) / (span - warmup))

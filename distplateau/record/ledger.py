@@ -19,6 +19,8 @@ from distplateau.errors import InputError
 
 FILE_NAME = "ledger.jsonl"
 Event = dict[str, Any]
+# What readers go by: without it a damaged line cannot be placed.
+_NUMBERED = {"validation": "validation", "resumed": "last_validation"}
 
 
 def encode(event: Event) -> str:
@@ -32,11 +34,14 @@ def decode(line: str) -> Event:
     Raises
     ------
     ValueError
-        If the line is not a JSON object with an ``event``.
+        If the line is not a JSON object with an ``event``, or a validation without its number.
     """
     event = json.loads(line)
     if not isinstance(event, dict) or not isinstance(event.get("event"), str):
         raise ValueError("not an event")
+    numbered = _NUMBERED.get(event["event"])
+    if numbered and not isinstance(event.get(numbered), int):
+        raise ValueError(f"{event['event']} without {numbered}")
     return {key: _from_json(value) if key != "config" else value for key, value in event.items()}
 
 

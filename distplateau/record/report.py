@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 _MAX_SCHEDULED_MARKS = 12
+_PERCENT = "\N{NO-BREAK SPACE}%"
 _TIMES = "\N{MULTIPLICATION SIGN}"
 _MAX_POINT_MARKERS = 60
+_MAX_GROUPS_NAMED = 8
 _METRIC_DRIVEN = frozenset({"plateau", "greedy"})
 _PANEL_METRICS = ("val/accuracy", "val/top5")
 
@@ -81,7 +83,7 @@ class LRChange:
         """Return by what the learning rate was multiplied, such as by 0.5, or by 0.1 / by 0.5 where groups differ."""
         pairs = zip(self.before, self.after, strict=False)
         factors = dict.fromkeys(f"{_TIMES}{_short(b / a, 2)}" if a else f"→{_short(b)}" for a, b in pairs if a != b)
-        return " / ".join(factors)
+        return " / ".join(factors if len(factors) <= 3 else (min(factors), "\N{HORIZONTAL ELLIPSIS}", max(factors)))
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -202,7 +204,8 @@ def draw_run(history: History, *, narrow: bool = False) -> Figure:
             _mark_changes(losses, rates, history)
             _mark_requeues((losses, rates), history)
             _legend(losses)
-            _legend(rates, only_if=len(history.validations[0]["lr_after"]) > 1)
+            if 1 < len(history.validations[0]["lr_after"]) <= _MAX_GROUPS_NAMED:
+                _legend(rates, below=True)
         losses.set_ylabel("loss" if _has_loss(history) else "monitored metric")
         _finish_epoch_axis(rates, history)
     return figure
@@ -312,24 +315,24 @@ def _lr_path(history: History, group: int) -> tuple[list[float], list[float]]:
 def _mark_changes(losses: Axes, rates: Axes, history: History) -> None:
     colours = {"reduced": "drop", "raised": "good", "scheduled": "drop"}
     ids = {"reduced": "drop", "raised": "raise", "scheduled": "scheduled"}
-    span, labelled = max(history.validations[-1]["epoch"], 1e-9), -math.inf
-    # Wide enough for one label; the others keep their line.
-    room = span * (0.055 if _is_wide(losses) else 0.12)
+    span, free_from = max(history.validations[-1]["epoch"], 1e-9), -math.inf
+    letter = span * (0.0085 if _is_wide(losses) else 0.021)
     for change in marked_changes(history):
         epoch, colour = change.event["epoch"], _COLOURS[colours[change.kind]][0]
         gid = f"{ids[change.kind]}-{change.event['validation']}"
         look: dict[str, Any] = {"color": colour, "linewidth": 0.9, "linestyle": (0, (4, 2.5)), "zorder": 1.5}
         losses.axvline(epoch, gid=gid, **look)
         rates.axvline(epoch, gid=f"{gid}-lr", **look)
-        if epoch - labelled >= room * max(1.0, len(change.label) / 5):
+        half_width = letter * len(change.label) / 2
+        # Where two labels would touch, the later line goes without.
+        if epoch - half_width >= free_from:
             _label(rates, epoch, change.label, colour)
-            labelled = epoch
+            free_from = epoch + half_width + letter
 
 
 def _label(axes: Axes, epoch: float, text: str, colour: str) -> None:
-    place = (axes.get_xaxis_transform(), (0, 3))
     axes.annotate(
-        text, (epoch, 1), xycoords=place[0], xytext=place[1], textcoords="offset points",
+        text, (epoch, 1), xycoords=axes.get_xaxis_transform(), xytext=(0, 3), textcoords="offset points",
         ha="center", va="bottom", color=colour, fontsize=8,
     )  # fmt: skip
 
@@ -375,11 +378,13 @@ def _draw_metric_panel(axes: Axes, names: Sequence[str], history: History) -> No
     epochs = [event["epoch"] for event in history.validations]
     share = names[0] in _PANEL_METRICS
     for name, colour in zip(names, ("validation", "lr1"), strict=False):
-        _plot(axes, epochs, [_drawable(_measured(event, name)) for event in history.validations], colour, _label_of(name))
+        _plot(
+            axes, epochs, [_drawable(_measured(event, name)) for event in history.validations], colour, _label_of(name)
+        )
     if history.validations[0]["monitor"] in names:
         _mark_best(axes, history, lambda event: event["value"])
     if share:
-        axes.yaxis.set_major_formatter(lambda value, _place: f"{_short(100 * value)} %")
+        axes.yaxis.set_major_formatter(lambda value, _place: f"{_short(100 * value)}{_PERCENT}")
         axes.locator_params(axis="y", nbins=5)
     axes.set_ylabel("accuracy" if share else "monitored metric")
     _legend(axes)
@@ -407,7 +412,7 @@ def _scale(axes: Axes, values: Sequence[float], *, log: bool = False) -> None:
         return
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    decades = math.log10(high / low)
+    decades = math.log10(high) - math.log10(low)
     margin = max(0.06 * decades, 0.3 if log and decades < 0.3 else 0.03)
     axes.set_yscale("log")
     axes.set_ylim(low / 10**margin, high * 10**margin)
@@ -418,20 +423,21 @@ def _scale(axes: Axes, values: Sequence[float], *, log: bool = False) -> None:
     axes.tick_params(axis="y", which="minor", length=0)
 
 
-def _legend(axes: Axes, *, only_if: bool = True) -> None:
-    if not only_if:
-        return
-    wide = _is_wide(axes)
-    above = not axes.get_ylabel().startswith("learning")
-    axes.legend(
-        loc="lower left" if above else "best", bbox_to_anchor=(-0.01, 1.0) if above else None,
-        ncols=5 if wide and above else 2, borderaxespad=0.2, columnspacing=1.6,
-    )  # fmt: skip
+def _legend(axes: Axes, *, below: bool = False) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    # Roughly how many letters and handles fit beside each other.
+    columns = (118 if _is_wide(axes) else 48) // (max(map(len, labels), default=1) + 6)
+    look: dict[str, Any] = {"ncols": max(1, columns), "borderaxespad": 0.3, "columnspacing": 1.6}
+    if below:
+        axes.figure.legend(handles, labels, loc="outside lower left", **look)
+    else:
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), **look)
 
 
 def _finish_epoch_axis(axes: Axes, history: History) -> None:
     axes.set_xlabel("epoch")
     if history.validations:
+        axes.xaxis.set_major_formatter(lambda value, _place: _short(value))
         axes.set_xlim(0, max(history.validations[-1]["epoch"], 1e-9) * 1.015)
 
 
@@ -466,6 +472,9 @@ def _lr_story(history: History) -> str:
     first, last = history.validations[0]["lr_before"], history.validations[-1]["lr_after"]
     way = f"from {_rates(changes[0].before if changes else first)} to {_rates(last)}"
     if name not in _METRIC_DRIVEN:
+        # 1cycle begins below the peak that the ledger names.
+        first = first if name == "onecycle" else history.start.get("lrs") or first
+        way = f"from {_rates(first)} to {_rates(last)}"
         if first == last and not changes:
             return f"the learning rate stayed at {_rates(last)}"
         return f"the {name} schedule took the learning rate {way}"
@@ -478,7 +487,9 @@ def _reason(change: LRChange, history: History) -> str:
     rule, event = _rule(history), change.event
     if change.kind == "scheduled":
         return f"the {_schedule_name(history)} schedule"
-    patience = rule.get("patience", 0)
+    if not rule:
+        return "the ledger has no start event that says it"
+    patience = rule["patience"]
     row = f"{_plural(patience + 1, 'validation')}{' in a row' if patience else ''}"
     if change.kind == "raised":
         began_anew = not math.isfinite(event["best"])
@@ -486,7 +497,7 @@ def _reason(change: LRChange, history: History) -> str:
             "began anew after staying at the floor" if began_anew else f"{row} better than before (patience {patience})"
         )
     threshold = rule.get("threshold", 0.0)
-    margin = f"{_short(100 * threshold)} %" if rule.get("threshold_mode") == "rel" else _short(threshold)
+    margin = f"{_short(100 * threshold)}{_PERCENT}" if rule.get("threshold_mode") == "rel" else _short(threshold)
     by = f" by {margin}" if threshold else ""
     best = (
         _metric(event["monitor"], event["best"]) if math.isfinite(event["best"]) else "anything (no finite value yet)"
@@ -497,24 +508,25 @@ def _reason(change: LRChange, history: History) -> str:
 
 def _plateau_warnings(history: History) -> Iterable[str]:
     validations, rule = history.validations, _rule(history)
-    if not validations or _schedule_name(history) not in _METRIC_DRIVEN:
+    if not validations or not rule or _schedule_name(history) not in _METRIC_DRIVEN:
         return
-    patience = rule.get("patience", 0)
+    patience = rule["patience"]
     last, floors = validations[-1]["lr_after"], rule.get("min_lr", 0.0)
     floors = floors if isinstance(floors, list) else [floors] * len(last)
-    at_floor = any(floors) and all(lr <= floor for lr, floor in zip(last, floors, strict=False))
+    at_floor = any(floors) and all(lr - floor <= rule.get("eps", 0.0) for lr, floor in zip(last, floors, strict=False))
     if at_floor:
         since = next(e["validation"] for e in validations if e["lr_after"] == last)
         yield (
             f"The learning rate is at its floor (min_lr {_rates(last)}) since validation {since}: "
             "a plateau after that could not lower it."
         )
-    if not at_floor and not any(change.kind == "reduced" for change in lr_changes(history)):
+    decided = history.finished is not None or len(validations) > patience
+    if decided and not at_floor and not any(change.kind == "reduced" for change in lr_changes(history)):
         longest = max(event["num_bad"] for event in validations)
         yield (
             f"The learning rate was never reduced: patience {patience} was never reached. A reduction takes "
-            f"{_plural(patience + 1, 'validation')} in a row without an improvement; the longest row was {longest}, "
-            f"in {_plural(len(validations), 'validation')}."
+            f"{_plural(patience + 1, 'validation')} in a row without an improvement; the longest such row was "
+            f"{longest}, in {_plural(len(validations), 'validation')}."
         )
 
 
@@ -524,10 +536,10 @@ def _value_warnings(history: History) -> Iterable[str]:
         treated = {"ignore": "passed over", "bad": "counted as bad"}.get(
             _rule(history).get("nonfinite", ""), "recorded"
         )
-        yield f"{history.validations[0]['monitor']} was NaN or infinite and was {treated}: validation {_listing(lost)}."
+        yield f"{history.validations[0]['monitor']} was NaN or infinite and was {treated}: {_which(lost)}."
     diverged = [e["validation"] for e in history.validations if not math.isfinite(e.get("train_loss", 0.0))]
     if diverged:
-        yield f"The training loss was NaN or infinite: validation {_listing(diverged)}."
+        yield f"The training loss was NaN or infinite: {_which(diverged)}."
     counts = sorted({event["count"] for event in history.validations if "count" in event})
     if len(counts) > 1:
         yield f"Validations were not over the same number of samples: {_listing(counts)}. Their values do not compare."
@@ -564,7 +576,7 @@ def _status(history: History) -> tuple[str, str]:
     if last["event"] == "interrupted":
         reason = f": {last['reason']}" if last.get("reason") else ""
         return f"Interrupted at step {last.get('step', '?')}{reason}", "interrupted"
-    return "Running, or stopped without a word", "open"
+    return "Running or interrupted", "open"
 
 
 def _meta(history: History) -> str:
@@ -608,9 +620,9 @@ def _tiles(history: History) -> Iterable[tuple[str, str, str]]:
 def _change_tiles(history: History) -> Iterable[tuple[str, str, str]]:
     kinds, rule = [change.kind for change in lr_changes(history)], _rule(history)
     if _schedule_name(history) in _METRIC_DRIVEN:
-        factor = rule.get("factor", "?")
+        factor = rule.get("factor", [])
         by = " / ".join(f"{_TIMES}{_short(f)}" for f in (factor if isinstance(factor, list) else [factor]))
-        yield "reductions", str(kinds.count("reduced")), f"{by}, patience {rule.get('patience', '?')}"
+        yield "reductions", str(kinds.count("reduced")), f"{by}, patience {rule['patience']}" if rule else ""
         if "raised" in kinds:
             yield "raises", str(kinds.count("raised")), "after better validations in a row"
 
@@ -667,17 +679,21 @@ def _changes_html(history: History) -> str:
         many = f"The {name} schedule changed it at {len(every)} of {_plural(len(history.validations), 'validation')}."
         return _paragraphs([many if every else "There was none."])
     monitor = str(changes[0].event["monitor"])
-    head = ["validation", "epoch", "step", "learning rate", "", escape(monitor), "best", "why"]
+    head = ["validation", "learning rate", "", "epoch", "step", escape(monitor), "best", "why"]
     rows = [("", _change_cells(change, history)) for change in changes]
     return _table(head, rows, text=(7,))
 
 
 def _change_cells(change: LRChange, history: History) -> list[str]:
     event, monitor = change.event, change.event["monitor"]
-    numbers = [str(event["validation"]), _short(event["epoch"]), f"{event['step']:,}"]
-    way = f"{_rates(change.before)} → <strong>{_rates(change.after)}</strong>"
+    pairs = [(change.before, change.after)]
+    if len(change.after) <= _MAX_GROUPS_NAMED:
+        pairs = [([before], [after]) for before, after in zip(change.before, change.after, strict=True)]
+    way = "<br>".join(f"{_rates(before)} → <strong>{_rates(after)}</strong>" for before, after in pairs)
+    place = [_short(event["epoch"]), f"{event['step']:,}"]
     measured = [_metric(monitor, event["value"]), _metric(monitor, event["best"])]
-    return [*numbers, way, _kind(change.kind, change.label), *measured, escape(_reason(change, history))]
+    decided = _kind(change.kind, change.label)
+    return [str(event["validation"]), way, decided, *place, *measured, escape(_reason(change, history))]
 
 
 def _validations_html(history: History) -> str:
@@ -798,7 +814,7 @@ def _finite(value: float | None) -> float:
 def _drawable(value: float | None) -> float:
     """Keep clear of where Python's floats end: a run that diverged must not take the report with it."""
     value = _finite(value)
-    return math.copysign(min(max(abs(value), 1e-200), 1e200), value) if value else value
+    return math.copysign(min(max(abs(value), 1e-100), 1e100), value) if value else value
 
 
 def _short(value: float, digits: int = 3) -> str:
@@ -810,11 +826,15 @@ def _short(value: float, digits: int = 3) -> str:
 
 def _metric(name: str, value: float) -> str:
     share = name in _PANEL_METRICS and math.isfinite(value)
-    return f"{100 * value:.2f} %" if share else _short(value, 4)
+    return f"{100 * value:.2f}{_PERCENT}" if share else _short(value, 4)
 
 
 def _rates(rates: Sequence[float]) -> str:
-    return " / ".join(_short(rate) for rate in (rates if len(set(rates)) > 1 else rates[:1]))
+    if len(set(map(_short, rates))) == 1:
+        return _short(rates[0])
+    if len(rates) > _MAX_GROUPS_NAMED:
+        return f"{_short(min(rates))} to {_short(max(rates))} ({len(rates)} groups)"
+    return " / ".join(map(_short, rates))
 
 
 def _plural(count: int, noun: str) -> str:
@@ -829,6 +849,10 @@ def _listing(numbers: Sequence[int]) -> str:
     """Join numbers, the first twelve of many."""
     shown = ", ".join(f"{number:,}" for number in numbers[:12])
     return shown if len(numbers) <= 12 else f"{shown} and {len(numbers) - 12} more"
+
+
+def _which(validations: Sequence[int]) -> str:
+    return f"validation{'s' if len(validations) > 1 else ''} {_listing(validations)}"
 
 
 def _duration(seconds: float) -> str:

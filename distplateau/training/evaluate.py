@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
-
 from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.data import load_data
 from distplateau.training.models import load_model
-from distplateau.training.trainer import measure, metric_names, share_cores
+from distplateau.training.processes import start_accelerator
+from distplateau.training.trainer import measure, metric_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,8 +46,7 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": data_root})})
     model = load_model(run_dir)
     data = load_data(config.data, config.run.seed)
-    share_cores()
-    accelerator = Accelerator(mixed_precision=config.training.precision)
+    accelerator = start_accelerator(config.training.precision)
     try:
         metrics = {name: GlobalMean() for name in metric_names(data.num_classes)}
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import itertools
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,20 @@ from distplateau.errors import InputError, closest
 from distplateau.record.ledger import read_ledger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from distplateau.config import ModelSection
 
 ImageShape = tuple[int, int, int]
+_MLP_ARGS = ("hidden", "dropout")
+# What a configuration may not set, and why.
+_FROM_THE_DATA = "follows from the data set"
+_FIXED_ARGS = {"num_classes": _FROM_THE_DATA, "image_shape": _FROM_THE_DATA}
+_FIXED_TORCHVISION_ARGS = {
+    **_FIXED_ARGS,
+    "weights": "a run starts from random weights",
+    "aux_logits": "the loss takes one tensor of logits",
+}
 
 
 class MLP(nn.Sequential):
@@ -43,7 +54,7 @@ class MLP(nn.Sequential):
         channels, height, width = image_shape
         widths = [channels * height * width, *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
             if dropout:
                 layers.append(nn.Dropout(dropout))
@@ -62,14 +73,45 @@ class GrayToColor(nn.Module):
         return self.model(images.expand(-1, 3, -1, -1))
 
 
+def check_model(section: ModelSection) -> None:
+    """Find out that a model of this name exists and takes these arguments, without building it.
+
+    A user's module is imported. What a torchvision model makes of its arguments shows only when it is built.
+
+    Raises
+    ------
+    InputError
+        For a name that does not exist, or an argument that its signature does not have or lacks.
+    """
+    if ":" in section.name:
+        _check_function_args(section, _import(section.name))
+    elif section.name == "mlp":
+        _check_mlp_args(section.args)
+    else:
+        _check_torchvision(section)
+
+
 def build_model(section: ModelSection, image_shape: ImageShape, num_classes: int) -> nn.Module:
-    """Make the model of a name, initialised from torch's global random state.
+    """Make the model of a name, initialised from torch's global random state, which the caller seeds.
+
+    Parameters
+    ----------
+    image_shape
+        Channels, height, width of the images it will see, as float32 [n, c, h, w].
+    num_classes
+        Number of logits it gives per image.
+
+    Returns
+    -------
+    nn.Module
+        On the CPU, in training mode. Only the initialisation has drawn from the global random state.
 
     Raises
     ------
     InputError
         For a name or argument that does not exist, or a model that cannot take these images.
     """
+    check_model(section)
     if ":" in section.name:
         model = _from_function(section, image_shape, num_classes)
     elif section.name == "mlp":
@@ -81,7 +123,13 @@ def build_model(section: ModelSection, image_shape: ImageShape, num_classes: int
 
 
 def load_model(run_dir: str | Path) -> nn.Module:
-    """Return the best model of a run, in evaluation mode on the CPU.
+    """Return the best model of a run, in evaluation mode on the CPU. torch's global random state is left alone.
+
+    Parameters
+    ----------
+    run_dir
+        The run folder: ``config.toml`` names the model, the ledger's start event the shape of its images and the
+        number of classes, ``model.safetensors`` holds the weights.
 
     Raises
     ------
@@ -93,82 +141,121 @@ def load_model(run_dir: str | Path) -> nn.Module:
     run_dir = Path(run_dir)
     start = read_ledger(run_dir).start
     config = load_config(run_dir / "config.toml")
-    if not {"image_shape", "num_classes"} <= start.keys():
+    shape, num_classes = start.get("image_shape"), start.get("num_classes")
+    if not isinstance(shape, list) or len(shape) != 3 or not isinstance(num_classes, int):
         raise InputError(str(run_dir / "ledger.jsonl"), "has no complete start event", "train the run again")
-    channels, height, width = start["image_shape"]
+    channels, height, width = shape
     with torch.random.fork_rng(devices=[]):
-        model = build_model(config.model, (channels, height, width), start["num_classes"])
+        model = build_model(config.model, (channels, height, width), num_classes)
     path = run_dir / "model.safetensors"
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
         raise InputError(str(path), "is not there: no validation has been finished", "train the run first") from None
     except Exception as error:  # damaged file, or other keys and shapes
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(str(path), f"does not fit the run's model ({reason})", "train the run again") from None
+        problem = f"does not fit the run's model ({_short(error)})"
+        raise InputError(str(path), problem, "train the run again") from None
     return model.eval()
 
 
-def _mlp(args: Mapping[str, Any], image_shape: ImageShape, num_classes: int) -> nn.Module:
-    valid = ("hidden", "dropout")
+def _check_mlp_args(args: Mapping[str, Any]) -> None:
     for key, value in args.items():
-        if key not in valid:
-            raise InputError(f"model.args.{key}", "unknown argument of mlp", closest(key, valid), value=value)
-    hidden, dropout = args.get("hidden", [512, 256]), args.get("dropout", 0.0)
+        _refuse_fixed(key, value, _FIXED_ARGS)
+        if key not in _MLP_ARGS:
+            raise InputError(f"model.args.{key}", "unknown argument of mlp", closest(key, _MLP_ARGS), value=value)
+    hidden, dropout = args.get("hidden", []), args.get("dropout", 0.0)
     if not isinstance(hidden, list) or not all(type(width) is int and width > 0 for width in hidden):
         raise InputError("model.args.hidden", "is no list of layer widths", "write it like [512, 256]", value=hidden)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise InputError("model.args.dropout", "is no probability", "give a number from 0 to below 1", value=dropout)
+
+
+def _mlp(args: Mapping[str, Any], image_shape: ImageShape, num_classes: int) -> nn.Module:
+    hidden, dropout = args.get("hidden", [512, 256]), args.get("dropout", 0.0)
     return MLP(image_shape, num_classes, tuple(hidden), float(dropout))
+
+
+def _check_torchvision(section: ModelSection) -> None:
+    from torchvision import models
+
+    names = models.list_models(module=models)  # of the package itself: the classifiers
+    if section.name not in names:
+        how = "valid: mlp, package.module:function, or one of torchvision.models.list_models(module=torchvision.models)"
+        raise InputError(
+            "model.name", "there is no such model", _nearest(section.name, ["mlp", *names]) + how, value=section.name
+        )
+    for key, value in section.args.items():
+        _refuse_fixed(key, value, _FIXED_TORCHVISION_ARGS)
 
 
 def _from_torchvision(section: ModelSection, image_shape: ImageShape, num_classes: int) -> nn.Module:
     from torchvision import models
 
-    names = models.list_models(module=models)
-    if section.name not in names:
-        near = difflib.get_close_matches(section.name, ["mlp", *names], n=3, cutoff=0.4)
-        hint = f"did you mean {', '.join(map(repr, near))}? " if near else ""
-        raise InputError(
-            "model.name",
-            "there is no such model",
-            f"{hint}valid: mlp, package.module:function, or one of torchvision.models.list_models()",
-            value=section.name,
-        )
     # Without this Inception and GoogLeNet give tuples while they train.
     extra = {"aux_logits": False, "init_weights": True} if section.name in {"googlenet", "inception_v3"} else {}
     try:
         model = models.get_model(section.name, weights=None, num_classes=num_classes, **{**extra, **section.args})
-    except (TypeError, ValueError) as error:
-        raise InputError("model.args", f"{section.name} refuses them ({error})", "mend them", value=section.args) from None
+    except Exception as error:  # TypeError, ValueError, AssertionError, ...: each model has its own way
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown and unknown[1] in section.args:
+            where, value = f"model.args.{unknown[1]}", section.args[unknown[1]]
+            raise InputError(where, f"unknown argument of {section.name}", "remove it", value=value) from None
+        problem = f"{section.name} refuses them ({type(error).__name__}: {_short(error)})"
+        raise InputError("model.args", problem, "mend them", value=section.args) from None
     return GrayToColor(model) if image_shape[0] == 1 else model
+
+
+def _check_function_args(section: ModelSection, function: Callable[..., Any]) -> None:
+    """Compare the arguments with the signature, where there is one: some functions written in C have none."""
+    for key, value in section.args.items():
+        _refuse_fixed(key, value, _FIXED_ARGS)
+    parameters = _parameters(function)
+    if parameters is None:
+        return
+    by_keyword = {key for key, parameter in parameters.items() if parameter.kind in _KEYWORD_KINDS}
+    for key, value in section.args.items():
+        if key not in by_keyword and not _takes_any(parameters):
+            valid = by_keyword - _FIXED_ARGS.keys()
+            fix = closest(key, valid) if valid else "it takes none"
+            raise InputError(f"model.args.{key}", f"unknown argument of {section.name}", fix, value=value)
+    for key in sorted(by_keyword - _FIXED_ARGS.keys() - section.args.keys()):
+        if parameters[key].default is inspect.Parameter.empty:
+            raise InputError(f"model.args.{key}", f"is missing, {section.name} needs it", "set it")
 
 
 def _from_function(section: ModelSection, image_shape: ImageShape, num_classes: int) -> nn.Module:
     function = _import(section.name)
+    parameters = _parameters(function) or {}
     offered: dict[str, Any] = {"image_shape": image_shape, "num_classes": num_classes}
+    context = {key: value for key, value in offered.items() if key in parameters or _takes_any(parameters)}
     try:
-        accepted = inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        accepted = {}
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in getattr(accepted, "values", list)())
-    context = {key: value for key, value in offered.items() if key in accepted or takes_any}
-    for key, value in section.args.items():
-        if key not in accepted and not takes_any:
-            raise InputError(
-                f"model.args.{key}", f"unknown argument of {section.name}", closest(key, accepted), value=value
-            )
-    try:
-        model = function(**{**context, **section.args})
+        model = function(**context, **section.args)
     except Exception as error:  # the user's code
-        raise InputError(
-            "model.name", f"it raised {type(error).__name__}: {error}", "mend the function", value=section.name
-        ) from error
+        problem = f"it raised {type(error).__name__}: {_short(error)}"
+        raise InputError("model.name", problem, "mend the function", value=section.name) from error
     if not isinstance(model, nn.Module):
-        raise InputError(
-            "model.name", f"it returned a {type(model).__name__}", "return a torch.nn.Module", value=section.name
-        )
+        problem = f"it returned a {type(model).__name__}"
+        raise InputError("model.name", problem, "return a torch.nn.Module", value=section.name)
     return model
+
+
+_KEYWORD_KINDS = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
+    try:
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
+    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
+
+
+def _refuse_fixed(key: str, value: Any, fixed: Mapping[str, str]) -> None:
+    if key in fixed:
+        raise InputError(f"model.args.{key}", f"cannot be set: {fixed[key]}", "remove it", value=value)
 
 
 def _import(name: str) -> Callable[..., Any]:
@@ -178,17 +265,18 @@ def _import(name: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the user's module raises while it is imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
         raise InputError(
             "model.name",
-            f"{module_name!r} cannot be imported ({type(error).__name__}: {error})",
+            f"{module_name!r} cannot be imported ({type(error).__name__}: {_short(error)})",
             "write package.module:function, with the module in the current folder or installed",
             value=name,
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise InputError("model.name", f"{module_name} has no such function", closest(function_name, names), value=name)
+        fix = _nearest(function_name, names) + "name a function of that module"
+        raise InputError("model.name", f"{module_name} has no such function", fix, value=name)
     return function
 
 
@@ -197,12 +285,13 @@ def _try_forward(section: ModelSection, model: nn.Module, image_shape: ImageShap
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        # A model may draw random numbers even in evaluation mode; those of the run do not depend on this trial.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             logits = model(torch.zeros(2, *image_shape))
     except Exception as error:  # whatever a model says of an image size it cannot take
         raise InputError(
             "model.name",
-            f"cannot take images of {' x '.join(map(str, image_shape))} ({type(error).__name__}: {error})",
+            f"cannot take images of {' x '.join(map(str, image_shape))} ({type(error).__name__}: {_short(error)})",
             "choose another model or data set",
             value=section.name,
         ) from None
@@ -216,3 +305,13 @@ def _try_forward(section: ModelSection, model: nn.Module, image_shape: ImageShap
             f"return logits of shape (2, {num_classes})",
             value=section.name,
         )
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    """Suggest up to three of many names; `closest` would list them all."""
+    near = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

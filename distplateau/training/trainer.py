@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional
@@ -35,10 +34,13 @@ from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_w
 from distplateau.training.data import DataSet, deal_batches, epoch_order, load_data, rank_slice
 from distplateau.training.models import build_model
 from distplateau.training.optimizers import build_optimizer
+from distplateau.training.processes import launched_ranks, on_cpu, start_accelerator
 from distplateau.training.progress import ProgressReport
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from accelerate import Accelerator
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
@@ -88,9 +90,8 @@ def train(config: Config, *, override: bool = False) -> Path:
     """
     parts = prepare_parts(config)
     _check_run_folder(config, override=override)
-    share_cores()
-    accelerator = Accelerator(
-        mixed_precision=config.training.precision,
+    accelerator = start_accelerator(
+        config.training.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     try:
@@ -108,7 +109,7 @@ def prepare_parts(config: Config) -> Parts:
     InputError
         With the dotted key, the value and the fix.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched_ranks()
     if config.data.global_batch_size < ranks:
         raise InputError(
             "data.global_batch_size",
@@ -552,8 +553,7 @@ def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: s
 
 
 def _check_precision(config: Config) -> None:
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
-    if config.training.precision == "fp16" and on_cpu:
+    if config.training.precision == "fp16" and on_cpu():
         raise InputError("training.precision", "fp16 needs a GPU", "use 'bf16' or 'no' on a CPU", value="fp16")
 
 
@@ -595,15 +595,6 @@ def differences(old: Config, new: Config) -> list[str]:
     if old.run.seed != new.run.seed:
         result.append(f"run.seed {old.run.seed} -> {new.run.seed}")
     return sorted(result)
-
-
-def share_cores() -> None:
-    """Give each rank on this machine its share of the cores; torch would start as many threads in each."""
-    if "OMP_NUM_THREADS" not in os.environ:
-        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        threads = max(1, len(os.sched_getaffinity(0)) // local_ranks)
-        os.environ["OMP_NUM_THREADS"] = str(threads)
-        torch.set_num_threads(threads)
 
 
 def _seed_step(seed: int, step: int, shard: int) -> None:
