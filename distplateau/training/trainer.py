@@ -11,6 +11,7 @@ import os
 import platform
 import socket
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,11 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.device = accelerator.device
         self.data = parts.data.to(self.device)
-        self.model, self.optimizer, self.scheduler = accelerator.prepare(parts.model, parts.optimizer, parts.scheduler)
+        with warnings.catch_warnings():
+            # torch >= 2.14 has another name for it, which Accelerate does not know yet.
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            prepared = accelerator.prepare(parts.model, parts.optimizer, parts.scheduler)
+        self.model, self.optimizer, self.scheduler = prepared
         self.step = 0
         self.best = Best(math.inf if config.schedule.resolved_mode == "min" else -math.inf)
         self.reductions = 0
