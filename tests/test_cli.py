@@ -52,11 +52,12 @@ def distplateau(*words, cwd):
     return run(sys.executable, "-m", "distplateau", *words, cwd=cwd)
 
 
-def launch(ranks, *words, cwd):
+def launch(ranks, *words, cwd, module=True):
     accelerate = Path(sys.executable).parent / "accelerate"
+    program = ("-m", "distplateau") if module else ()
     return run(
         accelerate, "launch", "--config_file", ROOT / "launch/cpu.yaml", "--num_processes", ranks,
-        "-m", "distplateau", *words, cwd=cwd,
+        *program, *words, cwd=cwd,
     )  # fmt: skip
 
 
@@ -96,6 +97,24 @@ def test_accelerate_launch_on_two_ranks_prints_each_line_once(folder):
     assert (alone.returncode, together.returncode) == (0, 0), together.stderr
     assert json.loads((folder / "runs/two/evaluation.json").read_text()) == exact
     assert together.stdout.count("accuracy") == 1
+
+
+THREADS = """
+import os, sys
+from pathlib import Path
+from distplateau.training.evaluate import evaluate
+evaluate(Path("runs/tiny run"))
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+def test_no_thread_of_a_process_group_outlives_it(folder):
+    """One that still holds a tensor when the interpreter ends aborts the process, now and then."""
+    assert distplateau("train", "tiny.toml", "--training.epochs", "1", cwd=folder).returncode == 0
+    (folder / "threads.py").write_text(THREADS, encoding="utf-8")
+    result = launch(2, folder / "threads.py", cwd=folder, module=False)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

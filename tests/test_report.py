@@ -16,7 +16,8 @@ import pytest
 from distplateau.errors import InputError
 from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record import report
+from distplateau.record import figures, report, story
+from distplateau.record import words as wording
 from distplateau.record.ledger import Ledger, read_ledger
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ def test_a_hundred_groups(folder):
 
 def test_a_cosine_is_not_a_fence_of_markers(folder):
     text = Run(folder, schedule="cosine").validate(*LOSSES).report()
-    assert len(report.lr_changes(read_ledger(folder))) == 30
+    assert len(story.lr_changes(read_ledger(folder))) == 30
     assert marked(text, "scheduled") == []
     assert "took the learning rate from 0.01 to 0," in words(text)
     assert "The cosine schedule changed it at 30 of 30 validations" in words(text)
@@ -283,8 +284,8 @@ def test_a_schedule_that_raises(folder):
 def test_warmup_is_no_change_of_the_learning_rate(folder):
     rule = PlateauRule(patience=3, warmup_steps=50)
     run = Run(folder, rule=rule).validate(*LOSSES[:5])
-    assert report.lr_changes(read_ledger(folder)) == []
-    epochs, rates = report._lr_path(read_ledger(folder), 0)
+    assert story.lr_changes(read_ledger(folder)) == []
+    epochs, rates = figures.lr_path(read_ledger(folder), 0)
     assert (epochs[0], rates[0]) == (0.0, 0.01 / 50)
     assert (2.5, 0.01) in zip(epochs, rates, strict=True)
     run.report()
@@ -369,7 +370,7 @@ def test_a_long_run_stays_a_small_page(folder):
     ],
 )  # fmt: skip
 def test_numbers_read_well(number, text):
-    assert report._short(number) == text
+    assert wording.short(number) == text
 
 
 def test_neither_torch_nor_matplotlib_until_it_draws(folder):
@@ -394,7 +395,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(folder):
 
 def test_a_figure_can_be_saved_as_a_picture(folder, tmp_path):
     Run(folder).validate(*LOSSES)
-    report.draw_run(read_ledger(folder)).savefig(tmp_path / "run.png", dpi=60)
+    figures.draw_run(read_ledger(folder)).savefig(tmp_path / "run.png", dpi=60)
     assert (tmp_path / "run.png").read_bytes()[:4] == b"\x89PNG"
 
 

@@ -6,6 +6,11 @@ import os
 from typing import Any
 
 import torch
+
+# Imported before there is a process group: its functions take group.WORLD as a default, once and for all, and whoever
+# imports it later (torch._dynamo does) keeps the group and its threads alive beyond destroy_process_group. A thread
+# that still holds a tensor when the interpreter ends aborts the process, once in some 15 runs.
+import torch.distributed.nn.functional
 from accelerate import Accelerator
 
 from distplateau.errors import InputError
