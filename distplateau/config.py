@@ -119,7 +119,7 @@ class ScheduleSection(Section):
     monitor: Annotated[str, Field(description="metric that decides: val/loss, val/accuracy, val/top5")] = "val/loss"
     mode: Annotated[Literal["min", "max"] | None, Field(description="default: max for accuracies, else min")] = None
     factor: Annotated[
-        Factor | list[Factor] | None,
+        Factor | Annotated[list[Factor], Field(min_length=1)] | None,
         Field(description="number above 0 and below 1 that the LR is multiplied by, one or per group"),
     ] = None
     patience: Annotated[NonNegative, Field(description="bad validations that are tolerated")] = 10
@@ -128,7 +128,9 @@ class ScheduleSection(Section):
         "rel"
     )
     cooldown: Annotated[NonNegative, Field(description="validations to wait after a change")] = 0
-    min_lr: Annotated[Rate | list[Rate], Field(description="floor, one or per group")] = 0.0
+    min_lr: Annotated[
+        Rate | Annotated[list[Rate], Field(min_length=1)], Field(description="floor, one or per group")
+    ] = 0.0
     eps: Annotated[Rate, Field(description="smaller changes of the LR are not made")] = 1e-8
     warmup_steps: Annotated[NonNegative, Field(description="optimizer steps of linear warmup")] = 0
     start_after: Annotated[NonNegative, Field(description="validations before the plateau logic begins")] = 0

@@ -14,7 +14,9 @@ from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import read_ledger
-from distplateau.training.trainer import Trainer, differences, measure, metric_names, prepare_parts, train
+from distplateau.training.setup import differences, prepare_parts
+from distplateau.training.trainer import Trainer, train
+from distplateau.training.validation import measure, metric_names
 from ranks import run_ranks
 
 # One hidden layer and few samples: a run of a second that still has every part.

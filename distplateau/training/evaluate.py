@@ -11,7 +11,7 @@ from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.data import load_data
 from distplateau.training.models import load_model
 from distplateau.training.processes import start_accelerator
-from distplateau.training.trainer import measure, metric_names
+from distplateau.training.validation import measure, metric_names
 
 if TYPE_CHECKING:
     from pathlib import Path

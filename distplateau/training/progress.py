@@ -108,7 +108,8 @@ def _metric(name: str, value: float) -> str:
 
 def _decision(event: Event, patience: int | None) -> str:
     if event["decision"] == "bad" and patience is not None:
-        return f"bad {event['num_bad']}/{patience}"
+        # The count starts anew when the patience ran out and there was no lower rate to go to.
+        return f"bad {event['num_bad']}/{patience}" if event["num_bad"] else "bad, at the lowest rate"
     if event["decision"] == "reduced":
         return "REDUCED from " + ", ".join(f"{lr:.4g}" for lr in event["lr_before"])
     return str(event["decision"])

@@ -1,6 +1,6 @@
 """The loop: batches, validation, decision, ledger, checkpoint.
 
-Everything that can be wrong in the configuration is found in `prepare_parts`, before there is a process group.
+Everything that can be wrong in the configuration is found in `setup`, before there is a process group.
 """
 
 from __future__ import annotations
@@ -17,26 +17,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn import functional
 
 import distplateau
-from distplateau.config import Config, dump_config, interval_in_steps, load_config
-from distplateau.errors import InputError
-from distplateau.lockstep import schedules
+from distplateau.config import Config, dump_config, interval_in_steps
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
-from distplateau.training.data import DataSet, deal_batches, epoch_order, load_data, rank_slice
-from distplateau.training.models import build_model
-from distplateau.training.optimizers import build_optimizer
-from distplateau.training.processes import launched_ranks, on_cpu, start_accelerator
+from distplateau.training.data import epoch_order, rank_slice
+from distplateau.training.processes import start_accelerator
 from distplateau.training.progress import ProgressReport
+from distplateau.training.setup import Parts, check_run_folder, prepare_parts
+from distplateau.training.validation import measure, metric_names, sync_buffers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,21 +41,6 @@ if TYPE_CHECKING:
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
-
-_TOP_K = 5
-# What may differ between a run and its continuation without changing what is computed.
-_FREE_SECTIONS = frozenset({"checkpoint", "tracking"})
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What the configuration describes, built on the CPU before any process group."""
-
-    data: DataSet
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LockstepScheduler
-    length: schedules.Length
 
 
 @dataclass
@@ -90,7 +71,7 @@ def train(config: Config, *, override: bool = False) -> Path:
         For anything wrong in the configuration; before there is a process group.
     """
     parts = prepare_parts(config)
-    _check_run_folder(config, override=override)
+    check_run_folder(config, override=override)
     accelerator = start_accelerator(
         config.training.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
@@ -100,45 +81,6 @@ def train(config: Config, *, override: bool = False) -> Path:
     finally:
         accelerator.end_training()
     return config.run_dir
-
-
-def prepare_parts(config: Config) -> Parts:
-    """Build data, model, optimizer and schedule, and say what is wrong with any of them.
-
-    Raises
-    ------
-    InputError
-        With the dotted key, the value and the fix.
-    """
-    ranks = launched_ranks()
-    if config.data.global_batch_size < ranks:
-        raise InputError(
-            "data.global_batch_size",
-            f"is smaller than the {ranks} ranks",
-            f"use at least {ranks}, or fewer ranks",
-            value=config.data.global_batch_size,
-        )
-    _check_precision(config)
-    data = load_data(config.data, config.run.seed)
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model, data.image_shape, data.num_classes)
-    optimizer = build_optimizer(config.optimizer, model)
-    steps_per_epoch = math.ceil(len(data.train) / config.data.global_batch_size)
-    length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
-    metrics = metric_names(data.num_classes)
-    if config.schedule.monitor not in metrics:
-        raise InputError(
-            "schedule.monitor",
-            "there is no such metric",
-            f"choose one of {', '.join(metrics)}",
-            value=config.schedule.monitor,
-        )
-    return Parts(data, model, optimizer, _build_scheduler(config, optimizer, length), length)
-
-
-def metric_names(num_classes: int) -> tuple[str, ...]:
-    """Return what a validation measures."""
-    return ("val/loss", "val/accuracy", "val/top5") if num_classes > _TOP_K else ("val/loss", "val/accuracy")
 
 
 class Trainer:
@@ -468,52 +410,6 @@ class Trainer:
         return self.accelerator.unwrap_model(self.model).state_dict()
 
 
-def measure(
-    accelerator: Accelerator,
-    model: nn.Module,
-    data: DataSet,
-    split: str,
-    batch_size: int,
-    metrics: dict[str, GlobalMean],
-) -> None:
-    """Add this rank's share of a split to the metrics. No communication; every sample is on exactly one rank.
-
-    Whole batches of a fixed size are dealt out, so that a sample's loss is computed in the same shape, and with the
-    same bits, at any number of ranks.
-    """
-    network = accelerator.unwrap_model(model)
-    network.eval()
-    samples = getattr(data, split)
-    with torch.inference_mode():
-        for begin, end in deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes):
-            logits = network(data.normalize(samples.images[begin:end])).float()
-            labels = samples.labels[begin:end]
-            metrics["val/loss"].update(functional.cross_entropy(logits, labels, reduction="none"))
-            metrics["val/accuracy"].update(logits.argmax(1) == labels)
-            if "val/top5" in metrics:
-                metrics["val/top5"].update((logits.topk(_TOP_K).indices == labels[:, None]).any(1))
-
-
-def sync_buffers(model: nn.Module, how: str) -> None:
-    """Make the buffers equal on all ranks, so that all of them validate the same network. Collective.
-
-    DDP leaves each rank with the BatchNorm statistics of its own samples. ``mean`` averages floating buffers,
-    ``broadcast`` takes those of the first rank; counters are always the first rank's.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return
-    for dtype in dict.fromkeys(buffer.dtype for buffer in model.buffers()):
-        buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype]
-        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
-        if how == "mean" and dtype.is_floating_point:
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-        else:
-            dist.broadcast(flat, src=0)
-        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
-
-
 class _Clock:
     """Time since the last validation, with and without the validation itself."""
 
@@ -530,76 +426,6 @@ class _Clock:
     def read(self) -> tuple[float, float]:
         now = time.perf_counter()
         return max(self._train_end - self._start, 1e-9), now - self._start
-
-
-def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:
-    section = config.schedule
-    factor = schedules.SCHEDULES[section.name].factor if section.factor is None else section.factor
-    try:
-        rule = PlateauRule(
-            mode=section.resolved_mode,
-            factor=tuple(factor) if isinstance(factor, list) else factor,
-            patience=section.patience,
-            threshold=section.threshold,
-            threshold_mode=section.threshold_mode,
-            cooldown=section.cooldown,
-            min_lr=tuple(section.min_lr) if isinstance(section.min_lr, list) else section.min_lr,
-            eps=section.eps,
-            warmup_steps=section.warmup_steps,
-            start_after=section.start_after,
-            smoothing=section.smoothing,
-            nonfinite=section.nonfinite,
-        )
-        return make_scheduler(optimizer, section.name, rule, section.args, length)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError("schedule", str(error), "mend that setting of [schedule]") from None
-
-
-def _check_precision(config: Config) -> None:
-    if config.training.precision == "fp16" and on_cpu():
-        raise InputError("training.precision", "fp16 needs a GPU", "use 'bf16' or 'no' on a CPU", value="fp16")
-
-
-def _check_run_folder(config: Config, *, override: bool) -> None:
-    """Refuse to continue a run with settings that would make it another one."""
-    run_dir = config.run_dir
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        # Not os.access: root may write anywhere but into a read-only file system.
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(
-            "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another folder", value=config.run.dir
-        ) from None
-    saved = run_dir / "config.toml"
-    if override or not saved.exists() or not (run_dir / FILE_NAME).exists():
-        return
-    different = differences(load_config(saved), config)
-    if different:
-        raise InputError(
-            str(run_dir),
-            f"holds a run with other settings ({'; '.join(different)})",
-            "choose another run.name, or continue it with --resume override",
-        )
-
-
-def differences(old: Config, new: Config) -> list[str]:
-    """Return what differs between two configurations and changes what is computed, as ``key old -> new``."""
-    result = []
-    tree_old, tree_new = old.model_dump(), new.model_dump()
-    for section in tree_old.keys() - _FREE_SECTIONS - {"run"}:
-        keys = sorted(tree_old[section].keys() | tree_new[section].keys())
-        for key in keys:
-            before, after = tree_old[section].get(key), tree_new[section].get(key)
-            heeded = section != "schedule" or key not in new.schedule.without_effect
-            if before != after and heeded and (section, key) != ("data", "root"):
-                result.append(f"{section}.{key} {before!r} -> {after!r}")
-    if old.run.seed != new.run.seed:
-        result.append(f"run.seed {old.run.seed} -> {new.run.seed}")
-    return sorted(result)
 
 
 def _seed_step(seed: int, step: int, shard: int) -> None:

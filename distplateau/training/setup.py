@@ -1,0 +1,139 @@
+"""What a configuration describes, built and checked before there is a process group."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from distplateau.config import Config, load_config
+from distplateau.errors import InputError
+from distplateau.lockstep import schedules
+from distplateau.lockstep.plateau import PlateauRule
+from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
+from distplateau.record.ledger import FILE_NAME
+from distplateau.training.data import DataSet, load_data
+from distplateau.training.models import build_model
+from distplateau.training.optimizers import build_optimizer
+from distplateau.training.processes import launched_ranks, on_cpu
+from distplateau.training.validation import metric_names
+
+# What may differ between a run and its continuation without changing what is computed.
+_FREE_SECTIONS = frozenset({"checkpoint", "tracking"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What the configuration describes, built on the CPU before any process group."""
+
+    data: DataSet
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LockstepScheduler
+    length: schedules.Length
+
+
+def prepare_parts(config: Config) -> Parts:
+    """Build data, model, optimizer and schedule, and say what is wrong with any of them.
+
+    Raises
+    ------
+    InputError
+        With the dotted key, the value and the fix.
+    """
+    ranks = launched_ranks()
+    if config.data.global_batch_size < ranks:
+        raise InputError(
+            "data.global_batch_size",
+            f"is smaller than the {ranks} ranks",
+            f"use at least {ranks}, or fewer ranks",
+            value=config.data.global_batch_size,
+        )
+    _check_precision(config)
+    data = load_data(config.data, config.run.seed)
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, data.image_shape, data.num_classes)
+    optimizer = build_optimizer(config.optimizer, model)
+    steps_per_epoch = math.ceil(len(data.train) / config.data.global_batch_size)
+    length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
+    metrics = metric_names(data.num_classes)
+    if config.schedule.monitor not in metrics:
+        raise InputError(
+            "schedule.monitor",
+            "there is no such metric",
+            f"choose one of {', '.join(metrics)}",
+            value=config.schedule.monitor,
+        )
+    return Parts(data, model, optimizer, _build_scheduler(config, optimizer, length), length)
+
+
+def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:
+    section = config.schedule
+    factor = schedules.SCHEDULES[section.name].factor if section.factor is None else section.factor
+    try:
+        rule = PlateauRule(
+            mode=section.resolved_mode,
+            factor=tuple(factor) if isinstance(factor, list) else factor,
+            patience=section.patience,
+            threshold=section.threshold,
+            threshold_mode=section.threshold_mode,
+            cooldown=section.cooldown,
+            min_lr=tuple(section.min_lr) if isinstance(section.min_lr, list) else section.min_lr,
+            eps=section.eps,
+            warmup_steps=section.warmup_steps,
+            start_after=section.start_after,
+            smoothing=section.smoothing,
+            nonfinite=section.nonfinite,
+        )
+        return make_scheduler(optimizer, section.name, rule, section.args, length)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError("schedule", str(error), "mend that setting of [schedule]") from None
+
+
+def _check_precision(config: Config) -> None:
+    if config.training.precision == "fp16" and on_cpu():
+        raise InputError("training.precision", "fp16 needs a GPU", "use 'bf16' or 'no' on a CPU", value="fp16")
+
+
+def check_run_folder(config: Config, *, override: bool) -> None:
+    """Refuse to continue a run with settings that would make it another one."""
+    run_dir = config.run_dir
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        # Not os.access: root may write anywhere but into a read-only file system.
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(
+            "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another folder", value=config.run.dir
+        ) from None
+    saved = run_dir / "config.toml"
+    if override or not saved.exists() or not (run_dir / FILE_NAME).exists():
+        return
+    different = differences(load_config(saved), config)
+    if different:
+        raise InputError(
+            str(run_dir),
+            f"holds a run with other settings ({'; '.join(different)})",
+            "choose another run.name, or continue it with --resume override",
+        )
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Return what differs between two configurations and changes what is computed, as ``key old -> new``."""
+    result = []
+    tree_old, tree_new = old.model_dump(), new.model_dump()
+    for section in tree_old.keys() - _FREE_SECTIONS - {"run"}:
+        keys = sorted(tree_old[section].keys() | tree_new[section].keys())
+        for key in keys:
+            before, after = tree_old[section].get(key), tree_new[section].get(key)
+            heeded = section != "schedule" or key not in new.schedule.without_effect
+            if before != after and heeded and (section, key) != ("data", "root"):
+                result.append(f"{section}.{key} {before!r} -> {after!r}")
+    if old.run.seed != new.run.seed:
+        result.append(f"run.seed {old.run.seed} -> {new.run.seed}")
+    return sorted(result)

@@ -1,0 +1,70 @@
+"""What a validation measures, on this rank's share of the samples."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional
+
+from distplateau.training.data import DataSet, deal_batches
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from distplateau.lockstep.metric import GlobalMean
+
+_TOP_K = 5
+
+
+def metric_names(num_classes: int) -> tuple[str, ...]:
+    """Return what a validation measures."""
+    return ("val/loss", "val/accuracy", "val/top5") if num_classes > _TOP_K else ("val/loss", "val/accuracy")
+
+
+def measure(
+    accelerator: Accelerator,
+    model: nn.Module,
+    data: DataSet,
+    split: str,
+    batch_size: int,
+    metrics: dict[str, GlobalMean],
+) -> None:
+    """Add this rank's share of a split to the metrics. No communication; every sample is on exactly one rank.
+
+    Whole batches of a fixed size are dealt out, so that a sample's loss is computed in the same shape, and with the
+    same bits, at any number of ranks.
+    """
+    network = accelerator.unwrap_model(model)
+    network.eval()
+    samples = getattr(data, split)
+    with torch.inference_mode():
+        for begin, end in deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes):
+            logits = network(data.normalize(samples.images[begin:end])).float()
+            labels = samples.labels[begin:end]
+            metrics["val/loss"].update(functional.cross_entropy(logits, labels, reduction="none"))
+            metrics["val/accuracy"].update(logits.argmax(1) == labels)
+            if "val/top5" in metrics:
+                metrics["val/top5"].update((logits.topk(_TOP_K).indices == labels[:, None]).any(1))
+
+
+def sync_buffers(model: nn.Module, how: str) -> None:
+    """Make the buffers equal on all ranks, so that all of them validate the same network. Collective.
+
+    DDP leaves each rank with the BatchNorm statistics of its own samples. ``mean`` averages floating buffers,
+    ``broadcast`` takes those of the first rank; counters are always the first rank's.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return
+    for dtype in dict.fromkeys(buffer.dtype for buffer in model.buffers()):
+        buffers = [buffer for buffer in model.buffers() if buffer.dtype == dtype]
+        flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+        if how == "mean" and dtype.is_floating_point:
+            dist.all_reduce(flat)
+            flat /= dist.get_world_size()
+        else:
+            dist.broadcast(flat, src=0)
+        for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
