@@ -13,15 +13,14 @@ one, and the second exchange that names the ranks cannot deadlock.
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 
+from distplateau.lockstep.allreduce import ExchangeTimeoutError, sum_over_ranks
 from distplateau.lockstep.exact import VALUE_BITS, WEIGHT_BITS, Partial
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def exchange(
     if ranks > 1:
         if ranks > MAX_RANKS:
             raise ValueError(f"{ranks} ranks: the sums are exact for at most {MAX_RANKS}")
-        vector = _all_reduce(vector, group, timeout or DEFAULT_TIMEOUT, label)
+        vector = _sum(vector, group, timeout or DEFAULT_TIMEOUT, label)
     agreement = decode(vector, ranks, len(partials))
     fatal = [item for item in agreement.differing if item != "metric"]
     if fatal:
@@ -184,46 +183,18 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_available() and dist.is_initialized() else 0
 
 
-def _all_reduce(vector: list[int], group: dist.ProcessGroup | None, timeout: timedelta, label: str) -> list[int]:
-    tensor = torch.tensor(vector, dtype=torch.int64, device=_device(group))
+def _sum(vector: list[int], group: dist.ProcessGroup | None, timeout: timedelta, label: str) -> list[int]:
     try:
-        work = dist.all_reduce(tensor, group=group, async_op=True)
-        assert work is not None
-        _wait(work, tensor.device, timeout)
+        return sum_over_ranks(vector, group, timeout)
     except RuntimeError as error:
-        reason = _reason(error, timeout)
+        if isinstance(error, ExchangeTimeoutError):
+            reason = f"waited {timeout.total_seconds():g} s and not all ranks arrived"
+        else:
+            reason = f"lost the connection to another rank ({(str(error).strip() or repr(error)).splitlines()[-1]})"
         raise ConsensusTimeoutError(
             f"{label}: rank {rank(group)} of {world_size(group)} {reason}; every rank has to call step() or compute() "
             f"once per validation - look at the logs of the other ranks"
         ) from error
-    return tensor.tolist()
-
-
-def _wait(work: dist.Work, device: torch.device, timeout: timedelta) -> None:
-    if device.type == "cpu":
-        work.wait(timeout)
-        return
-    # NCCL's wait() only orders streams: a missing rank would be noticed by the watchdog, which kills the process.
-    deadline = time.monotonic() + timeout.total_seconds()
-    while not work.is_completed():
-        if time.monotonic() > deadline:
-            raise RuntimeError("timed out")
-        time.sleep(2e-5)
-    work.wait()
-
-
-def _reason(error: RuntimeError, timeout: timedelta) -> str:
-    text = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-    if "timed out" in text.lower() or "timeout" in text.lower():
-        return f"waited {timeout.total_seconds():g} s and not all ranks arrived"
-    return f"lost the connection to another rank ({text})"
-
-
-def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Choose the device of the payload by the group alone, so that a rank without samples chooses the same."""
-    if "nccl" in str(dist.get_backend_config(group)):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _describe(fatal: list[str], fingerprint: Fingerprint, group: dist.ProcessGroup | None, label: str) -> str:

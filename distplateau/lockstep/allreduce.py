@@ -1,0 +1,124 @@
+"""Sum a small vector of integers over ranks, in the fastest way that the backend has.
+
+gloo's all-reduce of some hundred bytes takes 5 to 7 ms at 4 processes on one machine; recursive doubling over its
+point-to-point messages (Thakur, Rabenseifner and Gropp, 2005, section 4.5) takes less than one. Other backends run
+their own all-reduce. Integer addition is associative, so that every way gives the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+# Keeps the messages apart from any of the user's on the same group.
+_TAG = 0x6C6F636B
+
+
+class ExchangeTimeoutError(RuntimeError):
+    """Not every rank took part in time."""
+
+
+def sum_over_ranks(vector: Sequence[int], group: dist.ProcessGroup | None, timeout: timedelta) -> list[int]:
+    """Return the sum of the ranks' vectors, the same on every rank. Collective; blocks.
+
+    Parameters
+    ----------
+    vector
+        As long on every rank; no sum may leave the range of int64.
+    group
+        Process group; the default one if None.
+
+    Raises
+    ------
+    ExchangeTimeoutError
+        If a rank does not arrive in time.
+    RuntimeError
+        As the backend raises it, if a rank went away.
+    """
+    tensor = torch.tensor(vector, dtype=torch.int64, device=payload_device(group))
+    deadline = _Deadline(timeout)
+    if tensor.device.type == "cpu" and "cpu:gloo" in dist.get_backend_config(group):
+        tensor = _recursive_doubling(tensor, group, deadline)
+    else:
+        _all_reduce(tensor, group, deadline)
+    return tensor.tolist()
+
+
+def payload_device(group: dist.ProcessGroup | None) -> torch.device:
+    """Choose the device of the payload by the group alone, so that a rank without samples chooses the same."""
+    if "nccl" in str(dist.get_backend_config(group)):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class _Deadline:
+    def __init__(self, timeout: timedelta) -> None:
+        self._end = time.monotonic() + timeout.total_seconds()
+
+    def passed(self) -> bool:
+        return time.monotonic() > self._end
+
+    def wait(self, work: dist.Work | None) -> None:
+        assert work is not None
+        left = max(0.001, self._end - time.monotonic())
+        try:
+            work.wait(timedelta(seconds=left))
+        except RuntimeError as error:
+            if self.passed() or "timed out" in str(error).lower():
+                raise ExchangeTimeoutError(str(error)) from error
+            raise
+
+
+def _recursive_doubling(tensor: Tensor, group: dist.ProcessGroup | None, deadline: _Deadline) -> Tensor:
+    """Exchange with rank ^ 1, rank ^ 2, rank ^ 4, ...; ranks beyond the last power of two send theirs before."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    paired = 1 << (ranks.bit_length() - 1)
+    if rank >= paired:
+        _send(tensor, rank - paired, group, deadline)
+        return _receive(tensor, rank - paired, group, deadline)
+    if rank + paired < ranks:
+        tensor = tensor + _receive(tensor, rank + paired, group, deadline)
+    distance = 1
+    while distance < paired:
+        peer = rank ^ distance
+        sending = dist.isend(tensor, _global_rank(peer, group), group=group, tag=_TAG)
+        received = _receive(tensor, peer, group, deadline)
+        deadline.wait(sending)
+        tensor, distance = tensor + received, 2 * distance
+    if rank + paired < ranks:
+        _send(tensor, rank + paired, group, deadline)
+    return tensor
+
+
+def _send(tensor: Tensor, to: int, group: dist.ProcessGroup | None, deadline: _Deadline) -> None:
+    deadline.wait(dist.isend(tensor, _global_rank(to, group), group=group, tag=_TAG))
+
+
+def _receive(like: Tensor, source: int, group: dist.ProcessGroup | None, deadline: _Deadline) -> Tensor:
+    received = torch.empty_like(like)
+    deadline.wait(dist.irecv(received, _global_rank(source, group), group=group, tag=_TAG))
+    return received
+
+
+def _global_rank(rank: int, group: dist.ProcessGroup | None) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
+
+
+def _all_reduce(tensor: Tensor, group: dist.ProcessGroup | None, deadline: _Deadline) -> None:
+    work = dist.all_reduce(tensor, group=group, async_op=True)
+    assert work is not None
+    # NCCL's wait() only orders streams: a missing rank would be noticed by the watchdog, which kills the process.
+    # Others take no timeout.
+    while not work.is_completed():
+        if deadline.passed():
+            raise ExchangeTimeoutError("timed out")
+        time.sleep(2e-5)
+    work.wait()
