@@ -9,6 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+
+from distplateau import GlobalMean, ReduceLROnPlateau, ShardSampler
+from distplateau.lockstep.plateau import NonFiniteMetricError
+from ranks import run_ranks
 
 CLIENTS = Path(__file__).parent / "clients"
 
@@ -52,3 +59,123 @@ def test_huggingface_steps_once_a_validation_and_resumes(tmp_path):
     launch("huggingface_trainer.py", tmp_path / "cut", 6)
     begin, rest = traces(tmp_path / "cut", "trace-{}-3.json"), traces(tmp_path / "cut", "trace-{}-6.json")
     assert [begin[rank][:3] + rest[rank] for rank in range(2)] == whole
+
+
+# A fixed curve per sample: what the ranks measure does not depend on the training, so that one process is the oracle.
+CURVE = (1.0, 0.5, 0.5, 0.5, 0.6, 0.6, 0.2, 0.2)
+
+
+def _accelerate_loop(rank, prepared, split_batches, folder):
+    """A user's loop with Accelerate: accumulation, skipped steps, save_state and load_state half way."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=2,
+        dataloader_config=DataLoaderConfiguration(split_batches=split_batches),
+    )
+    torch.manual_seed(0)
+    samples = TensorDataset(torch.rand(37, 2, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 37))
+
+    def start():
+        model = torch.nn.Linear(2, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scheduler = ReduceLROnPlateau(optimizer, patience=1, factor=0.5, warmup_steps=1)
+        model, optimizer, train, validation = accelerator.prepare(
+            model, optimizer, DataLoader(samples, batch_size=8, shuffle=True), DataLoader(samples, batch_size=8)
+        )
+        return model, optimizer, train, validation, accelerator.prepare(scheduler) if prepared else scheduler
+
+    model, optimizer, train, validation, scheduler = start()
+    trace, count = [], 0.0
+    for epoch, scale in enumerate(CURVE):
+        if prepared and epoch == 4:
+            accelerator.save_state(str(folder))
+            accelerator._models.clear(), accelerator._optimizers.clear(), accelerator._schedulers.clear()
+            accelerator._dataloaders.clear()
+            model, optimizer, train, validation, scheduler = start()
+            accelerator.load_state(str(folder))
+        for inputs, _ in train:
+            with accelerator.accumulate(model):
+                accelerator.backward(1e-3 * model(inputs).mean())
+                optimizer.step()
+                optimizer.zero_grad()
+        metric = GlobalMean()
+        for _, values in validation:
+            metric.update(scale * (values + 1))
+        decision = scheduler.step(metric)
+        count = metric.count
+        trace.append((decision.kind, decision.value.hex(), decision.lr_after[0].hex(), decision.num_bad))
+    return trace, count
+
+
+@pytest.mark.parametrize("split_batches", [False, True])
+@pytest.mark.parametrize("prepared", [True, False])
+def test_a_loop_with_accelerate(prepared, split_batches, tmp_path):
+    [(oracle, _)] = run_ranks(_accelerate_loop, 1, False, False, tmp_path / "alone")
+    assert [kind for kind, *_ in oracle].count("reduced") == 2
+    for ranks in (2, 4):
+        results = run_ranks(_accelerate_loop, ranks, prepared, split_batches, tmp_path / str(ranks))
+        assert {count for _, count in results} == {37.0}
+        assert all(trace == results[0][0] for trace, _ in results)
+        # One optimizer step of warmup, which is over in the first epoch at any number of ranks.
+        assert results[0][0] == oracle
+
+
+def _plain_ddp_loop(rank):
+    torch.manual_seed(0)
+    data = TensorDataset(torch.rand(37, 2), torch.linspace(0, 1, 37))
+    model = DistributedDataParallel(torch.nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler, metric = ReduceLROnPlateau(optimizer, patience=1, factor=0.5), GlobalMean()
+    validation = DataLoader(data, batch_size=4, sampler=ShardSampler(data))
+    trace = []
+    for scale in CURVE:
+        model.train()
+        for inputs, _ in DataLoader(data, batch_size=4, sampler=DistributedSampler(data)):
+            (1e-3 * model(inputs).mean()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for _, values in validation:
+            metric.update(scale * (values + 1))
+        decision = scheduler.step(metric)
+        trace.append((decision.kind, decision.value.hex(), decision.lr_after[0].hex(), metric.count))
+    return trace
+
+
+def test_a_loop_with_plain_ddp():
+    [oracle] = run_ranks(_plain_ddp_loop, 1)
+    assert [kind for kind, *_ in oracle].count("reduced") == 2
+    for ranks in (2, 3, 8):
+        assert run_ranks(_plain_ddp_loop, ranks) == [oracle] * ranks
+
+
+def _one_rank_is_nan(rank, nonfinite, value):
+    scheduler = ReduceLROnPlateau(
+        torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), patience=0, nonfinite=nonfinite
+    )
+    metric, trace = GlobalMean(), []
+    for poisoned in (False, True, False):
+        metric.update(torch.ones(3))
+        if poisoned and rank == 1:
+            metric.update(torch.tensor([value]))
+        try:
+            decision = scheduler.step(metric)
+        except NonFiniteMetricError:
+            trace.append("raised")
+        else:
+            trace.append((decision.kind, str(decision.value), decision.best))
+    return trace
+
+
+@pytest.mark.parametrize(
+    ("nonfinite", "second"),
+    [("bad", ("reduced", "{}", 1.0)), ("ignore", ("ignored", "{}", 1.0)), ("raise", "raised")],
+)
+@pytest.mark.parametrize("value", ["nan", "-inf", "inf"])
+def test_one_nonfinite_value_on_one_rank_is_seen_by_all_alike(nonfinite, second, value):
+    first, *others = run_ranks(_one_rank_is_nan, 3, nonfinite, float(value))
+    assert others == [first, first]
+    assert first[0] == ("improved", "1.0", 1.0)
+    assert first[1] == (second if isinstance(second, str) else (second[0], value, second[2]))
