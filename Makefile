@@ -60,8 +60,10 @@ lint: .venv/.installed-test ## ruff check, ruff format --check, pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-bench: .venv/.installed-test ## run every script in benchmarks/
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: .venv/.installed-bench ## run every script in benchmarks/
+	@missed=0; \
+	for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" || missed=1; done; \
+	exit $$missed
 
 install: .venv/.installed-test ## make .venv and install the package with all that tests need
 
@@ -79,6 +81,11 @@ clean: ## remove .venv, caches and build files; runs/ and data/ stay
 	@$(call pip_install,.[test])
 	@touch .venv/.installed-demo $@
 
+.venv/.installed-bench: pyproject.toml | .venv/bin/pip
+	@$(call pip_install,.[test$(comma)bench])
+	@touch .venv/.installed-demo .venv/.installed-test $@
+
+comma := ,
 define pip_install
 if [ -e .venv/.begun ]; then echo 'installing what pyproject.toml asks for ...'; \
 else echo 'installing into .venv (first time: about 6 GB with the CUDA build of torch, a few minutes) ...'; fi; \

@@ -14,19 +14,13 @@ Exits with 1 if one of these is not so any more, or if distplateau gets one of t
 
 from __future__ import annotations
 
-import os
-import socket
 import sys
-import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from _ranks import on_ranks
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -40,22 +34,22 @@ LOCAL_EPOCHS = 20
 
 def stock_prepared(world_size: int) -> list[float]:
     """Return the final LR by rank after six improving validations: torch's scheduler, prepared by Accelerate."""
-    return _on_ranks(partial(_prepared, _stock), world_size)
+    return on_ranks(partial(_prepared, _stock), world_size)
 
 
 def ours_prepared(world_size: int) -> list[float]:
     """Return the same with distplateau's scheduler in its place."""
-    return _on_ranks(partial(_prepared, _ours), world_size)
+    return on_ranks(partial(_prepared, _ours), world_size)
 
 
 def stock_local(world_size: int) -> list[float]:
     """Return the final LR by rank after 20 epochs of DDP: torch's scheduler, stepped on each rank's own shard."""
-    return _on_ranks(partial(_ddp, _stock), world_size)
+    return on_ranks(partial(_ddp, _stock), world_size)
 
 
 def ours_global(world_size: int) -> list[float]:
     """Return the same with distplateau's scheduler, stepped on the mean over all shards."""
-    return _on_ranks(partial(_ddp, _ours), world_size)
+    return on_ranks(partial(_ddp, _ours), world_size)
 
 
 # What differs between the two: the scheduler's class, and what is given to step().
@@ -119,46 +113,6 @@ def _ddp(make: Callable) -> float:
 def _points(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     x = torch.randn(count, 8, generator=generator)
     return x, x.sum(dim=1, keepdim=True) + torch.randn(count, 1, generator=generator)
-
-
-# Processes.
-
-
-def _on_ranks(task: Callable[[], float], world_size: int) -> list[float]:
-    """Run a task in as many processes as there are ranks and return what each rank returned, in order."""
-    context = get_context("forkserver")
-    # The children come from a server that has torch already: a second less for each of them.
-    context.set_forkserver_preload(["torch", "accelerate"])
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(world_size, mp_context=context) as pool,
-    ):
-        port, rendezvous = _free_port(), str(Path(folder, "rendezvous"))
-        # A task ends only when all ranks have met, so each one gets a process of its own.
-        ranks = [pool.submit(_as_rank, task, rank, world_size, rendezvous, port) for rank in range(world_size)]
-        return [rank.result() for rank in ranks]
-
-
-def _as_rank(task: Callable[[], float], rank: int, world_size: int, rendezvous: str, port: int) -> float:
-    torch.set_num_threads(1)
-    if world_size == 1:
-        return task()
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # What a launcher sets: Accelerate looks here to see that it is not alone.
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), OMP_NUM_THREADS="1")
-    os.environ.update(LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    store = dist.FileStore(rendezvous, world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
-    try:
-        return task()
-    finally:
-        dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # The table.

@@ -35,7 +35,8 @@ def lrs(tmp_path_factory):
 
 
 @pytest.fixture
-def why():
+def why(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec = importlib.util.spec_from_file_location("why", BENCHMARKS / "why.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

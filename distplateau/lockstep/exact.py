@@ -157,10 +157,11 @@ class ExactSum:
                     f"weights of shape {tuple(weights.shape)} for values of shape {tuple(values.shape)}: "
                     f"give one weight per value"
                 )
-            weights = _as_tensor(weights).detach().clone().reshape(-1).to(values.device)
-        if values.numel():
-            self._pending.append((values.detach().clone().reshape(-1), weights))
-            self._pending_count += values.numel()
+            weights = _flat_copy(_as_tensor(weights)).to(values.device)
+        size = values.numel()
+        if size:
+            self._pending.append((_flat_copy(values), weights))
+            self._pending_count += size
             if self._pending_count >= _BLOCK:
                 self._flush()
 
@@ -242,6 +243,13 @@ def _as_tensor(values: Values) -> Tensor:
     return values
 
 
+def _flat_copy(values: Tensor) -> Tensor:
+    # Each call of torch costs about a microsecond, and this one is made for every batch.
+    if values.requires_grad:
+        values = values.detach()
+    return values.clone() if values.dim() == 1 else values.clone().reshape(-1)
+
+
 def _weight_tensor(values: Tensor, weights: Tensor | float | None) -> Tensor:
     if isinstance(weights, Tensor):
         return weights.double()
@@ -262,13 +270,17 @@ def _decompose(values: Tensor, counters: Tensor, used: Tensor | None) -> tuple[T
     exponent = (bits >> _FRACTION_BITS) & _EXPONENT_MASK
     fraction = bits & ((1 << _FRACTION_BITS) - 1)
     nonfinite = exponent == _EXPONENT_MASK
-    counted = nonfinite if used is None else nonfinite & used
-    is_nan, negative = fraction != 0, bits < 0
-    counters[0] += (counted & is_nan).sum()
-    counters[1] += (counted & ~is_nan & ~negative).sum()
-    counters[2] += (counted & ~is_nan & negative).sum()
+    negative = bits < 0
     mantissa = fraction | ((exponent > 0).to(torch.int64) << _FRACTION_BITS)
-    mantissa = torch.where(negative, -mantissa, mantissa).masked_fill_(nonfinite, 0)
+    mantissa = torch.where(negative, -mantissa, mantissa)
+    # Looking costs nothing on the CPU, and a third of the work is for values that hardly ever come.
+    if values.device.type != "cpu" or nonfinite.any():
+        counted = nonfinite if used is None else nonfinite & used
+        is_nan = fraction != 0
+        counters[0] += (counted & is_nan).sum()
+        counters[1] += (counted & ~is_nan & ~negative).sum()
+        counters[2] += (counted & ~is_nan & negative).sum()
+        mantissa.masked_fill_(nonfinite, 0)
     return mantissa, exponent.clamp_(min=1).sub_(1)
 
 
