@@ -49,6 +49,24 @@ def test_lightning_with_torchs_class_drifts_apart(tmp_path):
     assert traces(tmp_path) == [[0.1] * 5, [0.1, 0.1, 0.05, 0.025, 0.0125]]
 
 
+@pytest.mark.parametrize("saved_by", ["ours", "torch"])
+def test_a_lightning_checkpoint_is_read(tmp_path, saved_by):
+    pytest.importorskip("lightning")
+    launch("lightning_trainer.py", saved_by, tmp_path, ranks=1)
+    checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=False)
+    saved = checkpoint["lr_schedulers"][0]
+    for state in (checkpoint, checkpoint["lr_schedulers"], saved):
+        optimizer = torch.optim.SGD(
+            [torch.nn.Parameter(torch.zeros(1))], lr=checkpoint["optimizer_states"][0]["param_groups"][0]["lr"]
+        )
+        scheduler = ReduceLROnPlateau(optimizer, patience=0, threshold=0.055, threshold_mode="abs", factor=0.5)
+        scheduler.load_state_dict(state)
+        assert (scheduler.best, scheduler.num_bad_epochs, scheduler.last_epoch) == (saved["best"], 0, 5)
+        assert scheduler.get_last_lr() == saved["_last_lr"]
+    with pytest.raises(ValueError, match="states of 2 schedulers"):
+        scheduler.load_state_dict({"lr_schedulers": [saved, saved]})
+
+
 def test_huggingface_steps_once_a_validation_and_resumes(tmp_path):
     pytest.importorskip("transformers")
     launch("huggingface_trainer.py", tmp_path / "whole", 6)

@@ -7,6 +7,7 @@ import struct
 import sys
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsFloat, cast
 
@@ -22,7 +23,7 @@ from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import Decision, Mode, Nonfinite, PlateauRule, PlateauState, ThresholdMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -252,17 +253,19 @@ class LockstepScheduler:
             "lockstep": state,
         }
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Any]) -> None:
         """Continue from a state; the settings of this object stay, and a difference is told in a warning.
 
-        Reads what `state_dict` gave, torch's ReduceLROnPlateau (as Lightning and HF Trainer save it), and timm's
-        ``{"best", "last_epoch"}``. The optimizer's learning rates are left alone: load its state as well.
+        Reads what `state_dict` gave, torch's ReduceLROnPlateau (HF Trainer saves it as ``scheduler.pt``), a Lightning
+        checkpoint or its ``lr_schedulers``, and timm's ``{"best", "last_epoch"}``. The optimizer's learning rates are
+        left alone: load its state as well.
 
         Raises
         ------
         ValueError
             If the dict is none of these, or was made for another number of parameter groups.
         """
+        state_dict = _unwrap_lightning(state_dict)
         groups = len(self.optimizer.param_groups)
         loaded = _read_state(self.schedule, self._state, state_dict)
         if len(loaded.lrs) != groups:
@@ -585,6 +588,16 @@ def _count_steps(optimizer: Optimizer, scheduler: LockstepScheduler) -> None:
 
 def _read_lrs(optimizer: Optimizer) -> tuple[float, ...]:
     return tuple(float(group["lr"]) for group in optimizer.param_groups)
+
+
+def _unwrap_lightning(saved: Mapping[str, Any] | Sequence[Any]) -> Mapping[str, Any]:
+    """Take the scheduler's state out of a Lightning checkpoint, which has a list of one per optimizer."""
+    states = saved.get("lr_schedulers", saved) if isinstance(saved, Mapping) else saved
+    if isinstance(states, Mapping):
+        return states
+    if len(states) != 1:
+        raise ValueError(f"the checkpoint has the states of {len(states)} schedulers: give the one that is meant")
+    return states[0]
 
 
 def _read_state(schedule: Schedule, current: PlateauState, saved: Mapping[str, Any]) -> PlateauState:

@@ -6,6 +6,7 @@ usage: lightning_trainer.py ours|torch FOLDER
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -49,10 +50,11 @@ def main() -> None:
     folder = Path(sys.argv[2])
     model = Model(sys.argv[1])
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=5, default_root_dir=folder, logger=False,
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="ddp", max_epochs=5, logger=False,
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
     trainer.fit(model, data, data)
+    trainer.save_checkpoint(folder / "last.ckpt")
     (folder / f"trace-{trainer.global_rank}.json").write_text(json.dumps(model.trace))
 
 
