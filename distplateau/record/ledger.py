@@ -21,7 +21,9 @@ FILE_NAME = "ledger.jsonl"
 Event = dict[str, Any]
 
 # A run may be called "nan".
-_TEXTS = frozenset({"event", "run", "hostname", "device", "classes", "versions", "run_id", "reason", "slurm_job_id"})
+_AS_WRITTEN = frozenset(
+    {"event", "run", "config", "hostname", "device", "classes", "versions", "run_id", "reason", "slurm_job_id"}
+)
 # What readers go by: without it a damaged line cannot be placed.
 _NUMBERED = {"validation": "validation", "resumed": "last_validation"}
 
@@ -45,7 +47,7 @@ def decode(line: str) -> Event:
     numbered = _NUMBERED.get(event["event"])
     if numbered and not isinstance(event.get(numbered), int):
         raise ValueError(f"{event['event']} without {numbered}")
-    return {key: value if key in _TEXTS else _from_json(value) for key, value in event.items()}
+    return {key: value if key in _AS_WRITTEN else _from_json(value) for key, value in event.items()}
 
 
 class Ledger:
