@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -43,11 +44,11 @@ def ours(epochs: int, folder: Path) -> list[float]:
         )
     )
     times = [event["time"] for event in read_ledger(folder / "bench").validations]
-    return [0.0, *(after - before for before, after in zip(times, times[1:], strict=False))]
+    return [0.0, *(after - before for before, after in pairwise(times))]
 
 
 def tuned(epochs: int, _folder: Path) -> list[float]:
-    """What a careful person writes by hand."""
+    """Train in the loop that a careful person writes by hand."""
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
     images, labels, validation_images, validation_labels = _tensors()

@@ -245,7 +245,7 @@ def _first_step_gradient(rank, config):
     from accelerate import Accelerator
 
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
-    trainer._train_step()
+    trainer.train_step(0)
     return [p.detach() for p in trainer.model.parameters()]
 
 

@@ -16,6 +16,7 @@ import socket
 import tempfile
 import zlib
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -103,9 +104,15 @@ class DataSet:
 
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 images [n, c, h, w] into float32 of mean 0 and deviation 1 per channel, on their device."""
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=images.device).view(-1, 1, 1)
-        scale = 1 / torch.tensor(self.std, dtype=torch.float32, device=images.device).view(-1, 1, 1)
+        mean, scale = _normalization(self.mean, self.std, images.device)
         return images.float().sub_(mean).mul_(scale)
+
+
+@cache
+def _normalization(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    # Kept: a copy to a GPU for each batch would wait for it.
+    shift = torch.tensor(mean, dtype=torch.float32, device=device).view(-1, 1, 1)
+    return shift, 1 / torch.tensor(std, dtype=torch.float32, device=device).view(-1, 1, 1)
 
 
 def check_data(section: DataSection) -> None:

@@ -63,12 +63,12 @@ class ProgressReport:
         if self._main:
             self._console.print(text, style=style, markup=False)
 
-    def stepped(self, step: int, lr: float, loss: Callable[[], float]) -> None:
-        """Move the bar; `loss` waits for the device and is asked only when the bar is drawn, twice a second."""
+    def stepped(self, step: int, loss: Callable[[], float], lrs: Callable[[], list[float]]) -> None:
+        """Move the bar; what waits for the device is asked only when the bar is drawn, twice a second."""
         if self._bar and time.monotonic() - self._refreshed >= _REFRESH_SECONDS:
             self._refreshed = time.monotonic()
             epoch = f"epoch {step // self._steps_per_epoch + 1}"
-            self._bar.update(self._task, completed=step, description=epoch, loss=f"{loss():.4f}", lr=f"{lr:.3g}")
+            self._bar.update(self._task, completed=step, description=epoch, loss=f"{loss():.4f}", lr=f"{lrs()[0]:.3g}")
 
     def validated(self, event: Event, epochs: int, patience: int | None) -> None:
         """Print the line of a validation."""

@@ -5,21 +5,18 @@ Everything that can be wrong in the configuration is found in `setup`, before th
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import platform
 import socket
 import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 import distplateau
 from distplateau.config import Config, dump_config, interval_in_steps
@@ -28,10 +25,10 @@ from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
-from distplateau.training.data import epoch_order, rank_slice
 from distplateau.training.processes import start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
+from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, metric_names, sync_buffers
 
 if TYPE_CHECKING:
@@ -111,10 +108,8 @@ class Trainer:
         self.checkpoints = CheckpointFolder(config.run_dir, config.checkpoint.keep)
         self.validate_every = interval_in_steps(config.training.validate_every, parts.length.steps_per_epoch)
         self.checkpoint_every = interval_in_steps(config.checkpoint.every, parts.length.steps_per_epoch)
-        self.train_loss = GlobalMean()
+        self.train_step = TrainStep(config, self.data, self.model, self.optimizer, accelerator, parts.length)
         self.metrics = {name: GlobalMean() for name in metric_names(parts.data.num_classes)}
-        self._order: tuple[int, Tensor] | None = None
-        self._last_loss: Tensor | None = None
         self._clock = _Clock()
 
     def run(self) -> None:
@@ -139,11 +134,13 @@ class Trainer:
 
     def _loop(self, progress: ProgressReport) -> None:
         self._clock.restart()
+        self.model.train()
         saved_at = self.step
         while self.step < self.length.total_steps:
-            self._train_step()
+            self._clock.samples += self.train_step(self.step)
+            self.scheduler.step_update()
             self.step += 1
-            progress.stepped(self.step, self.scheduler.get_last_lr()[0], self._read_loss)
+            progress.stepped(self.step, self.train_step.last_loss, self.scheduler.get_last_lr)
             at_end = self.step == self.length.total_steps
             if self.step % self.validate_every == 0 or at_end:
                 event = self._validate()
@@ -152,72 +149,6 @@ class Trainer:
                     saved_at = self.step
                     self._save()
                 self._clock.restart()
-
-    # One optimizer step.
-
-    def _train_step(self) -> None:
-        """Make one optimizer step on this rank's slice of the global batch. Nothing here waits for the device."""
-        indices, batch_size = self._batch_indices()
-        _seed_step(self.config.run.seed, self.step, self.rank)
-        self.model.train()
-        micro_batches = self.config.training.grad_accumulation
-        for place in range(micro_batches):
-            begin, end = rank_slice(0, len(indices), place, micro_batches)
-            last = place == micro_batches - 1
-            if begin < end or last:
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
-                    self._backward(indices[begin:end], batch_size)
-        if self.config.training.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
-        self.optimizer.step()
-        self.scheduler.step_update()
-        self.optimizer.zero_grad()
-        self._clock.samples += batch_size
-
-    def _backward(self, indices: Tensor, batch_size: int) -> None:
-        """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
-
-        A rank whose slice is empty joins the gradient exchange with samples of weight zero. BatchNorm cannot compute
-        the statistics of one sample: such a slice is padded the same way.
-        """
-        real = len(indices)
-        if real < self._min_samples:
-            filler = self._epoch_order()[: self._min_samples - real]
-            indices = torch.cat([indices, filler])
-        images = self.data.normalize(self.data.train.images[indices])
-        losses = functional.cross_entropy(self.model(images), self.data.train.labels[indices], reduction="none")
-        self.train_loss.update(losses.detach()[:real])
-        loss = losses[:real].sum() if real else losses.sum() * 0.0
-        self._last_loss = losses.detach()
-        self.accelerator.backward(loss * (self.world_size / batch_size))
-
-    def _batch_indices(self) -> tuple[Tensor, int]:
-        """Return the indices of this rank's samples of the current global batch, and the size of that batch."""
-        size = self.config.data.global_batch_size
-        start = self.step % self.length.steps_per_epoch * size
-        stop = min(start + size, len(self.data.train))
-        begin, end = rank_slice(start, stop, self.rank, self.world_size)
-        return self._epoch_order()[begin:end], stop - start
-
-    def _epoch_order(self) -> Tensor:
-        epoch = self.step // self.length.steps_per_epoch
-        if self._order is None or self._order[0] != epoch:
-            order = epoch_order(len(self.data.train), self.config.run.seed, epoch)
-            self._order = epoch, order.to(self.device)
-        return self._order[1]
-
-    @property
-    def _min_samples(self) -> int:
-        return 2 if self._has_batchnorm else 1
-
-    @property
-    def _has_batchnorm(self) -> bool:
-        if not hasattr(self, "_batchnorm"):
-            self._batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in self.model.modules())
-        return self._batchnorm
-
-    def _read_loss(self) -> float:
-        return math.nan if self._last_loss is None or not len(self._last_loss) else float(self._last_loss.mean())
 
     # One validation.
 
@@ -228,7 +159,7 @@ class Trainer:
         measure(self.accelerator, self.model, self.data, "validation", self.config.data.eval_batch_size, self.metrics)
         monitored = self.metrics[self.config.schedule.monitor]
         others = [metric for metric in self.metrics.values() if metric is not monitored]
-        consultation = self.scheduler.consult(monitored, also=[*others, self.train_loss])
+        consultation = self.scheduler.consult(monitored, also=[*others, self.train_step.train_loss])
         decision = self.scheduler.decide(consultation.value)
         self.reductions += decision.reduced
         improved = self._note_best(decision)
@@ -264,7 +195,7 @@ class Trainer:
             "cooldown": decision.cooldown,
             "ranks": consultation.ranks,
             "digest": consultation.digest,
-            "train_loss": self.train_loss.compute(),
+            "train_loss": self.train_step.train_loss.compute(),
             "metrics": {name: metric.compute() for name, metric in self.metrics.items()},
             "samples_per_second": round(self._clock.samples / train_seconds, 1),
             "seconds": round(seconds, 3),
@@ -426,12 +357,6 @@ class _Clock:
     def read(self) -> tuple[float, float]:
         now = time.perf_counter()
         return max(self._train_end - self._start, 1e-9), now - self._start
-
-
-def _seed_step(seed: int, step: int, shard: int) -> None:
-    """Make dropout a function of (seed, step, shard), so that a resumed run repeats itself."""
-    mixed = hashlib.blake2b(f"{seed} {step} {shard}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(mixed, "little") >> 1)
 
 
 def _training_seconds(validations: list[Event]) -> float:

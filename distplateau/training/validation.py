@@ -38,6 +38,7 @@ def measure(
     same bits, at any number of ranks.
     """
     network = accelerator.unwrap_model(model)
+    was_training = network.training
     network.eval()
     samples = getattr(data, split)
     with torch.inference_mode():
@@ -48,6 +49,7 @@ def measure(
             metrics["val/accuracy"].update(logits.argmax(1) == labels)
             if "val/top5" in metrics:
                 metrics["val/top5"].update((logits.topk(_TOP_K).indices == labels[:, None]).any(1))
+    network.train(was_training)
 
 
 def sync_buffers(model: nn.Module, how: str) -> None:

@@ -1,0 +1,131 @@
+"""One optimizer step on this rank's slice of the global batch. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from distplateau.lockstep.metric import GlobalMean
+from distplateau.training.data import epoch_order, rank_slice
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from distplateau.config import Config
+    from distplateau.lockstep.schedules import Length
+    from distplateau.training.data import DataSet
+
+
+class TrainStep:
+    """Forward, backward and optimizer step, on the samples that (seed, step, rank) determine.
+
+    Parameters
+    ----------
+    model, optimizer
+        As Accelerate prepared them.
+    length
+        Steps of an epoch and of the run.
+
+    Attributes
+    ----------
+    train_loss
+        Mean of the losses since the last validation; reduced together with its metrics.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        data: DataSet,
+        model: nn.Module,
+        optimizer: AcceleratedOptimizer,
+        accelerator: Accelerator,
+        length: Length,
+    ) -> None:
+        self.config, self.data, self.model, self.accelerator = config, data, model, accelerator
+        self.steps_per_epoch = length.steps_per_epoch
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.train_loss = GlobalMean()
+        # Accelerate looks for optional packages at each call of backward() and zero_grad(): 0.2 ms a step, and all they
+        # do without a gradient scaler is what is called here.
+        scaled = accelerator.scaler is not None
+        self._backward: Callable[[Tensor], None] = accelerator.backward if scaled else torch.Tensor.backward
+        self._optimizer = optimizer if scaled else optimizer.optimizer
+        self._min_samples = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
+        self._order: tuple[int, Tensor] | None = None
+        self._last_loss: Tensor | None = None
+
+    def __call__(self, step: int) -> int:
+        """Make optimizer step number `step`, counted from 0; return its global batch size. Every rank calls it."""
+        indices, batch_size = self._batch_indices(step)
+        seed_step(self.config.run.seed, step, self.rank, self.accelerator.device)
+        section = self.config.training
+        micro_batches = section.grad_accumulation
+        for place in range(micro_batches):
+            begin, end = rank_slice(0, len(indices), place, micro_batches)
+            last = place == micro_batches - 1
+            if begin < end or last:
+                with nullcontext() if last else self.accelerator.no_sync(self.model):
+                    self._add_gradient(indices[begin:end], batch_size, step)
+        if section.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), section.max_grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return batch_size
+
+    def last_loss(self) -> float:
+        """Return the mean loss of this rank's last micro-batch. Waits for the device."""
+        return math.nan if self._last_loss is None or not len(self._last_loss) else float(self._last_loss.mean())
+
+    def _add_gradient(self, indices: Tensor, batch_size: int, step: int) -> None:
+        """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
+
+        A rank whose slice is empty joins the gradient exchange with samples of weight zero. BatchNorm cannot compute
+        the statistics of one sample: such a slice is padded the same way.
+        """
+        real = len(indices)
+        if real < self._min_samples:
+            filler = self._epoch_order(step)[: self._min_samples - real]
+            indices = torch.cat([indices, filler])
+        images = self.data.normalize(self.data.train.images[indices])
+        losses = functional.cross_entropy(self.model(images), self.data.train.labels[indices], reduction="none")
+        self._last_loss = losses.detach()[:real]
+        self.train_loss.update(self._last_loss)
+        loss = losses[:real].sum() if real else losses.sum() * 0.0
+        self._backward(loss * (self.world_size / batch_size))
+
+    def _batch_indices(self, step: int) -> tuple[Tensor, int]:
+        """Return the indices of this rank's samples of the global batch, and the size of that batch."""
+        size = self.config.data.global_batch_size
+        start = step % self.steps_per_epoch * size
+        stop = min(start + size, len(self.data.train))
+        begin, end = rank_slice(start, stop, self.rank, self.world_size)
+        return self._epoch_order(step)[begin:end], stop - start
+
+    def _epoch_order(self, step: int) -> Tensor:
+        epoch = step // self.steps_per_epoch
+        if self._order is None or self._order[0] != epoch:
+            order = epoch_order(len(self.data.train), self.config.run.seed, epoch)
+            self._order = epoch, order.to(self.accelerator.device)
+        return self._order[1]
+
+
+def seed_step(seed: int, step: int, shard: int, device: torch.device) -> None:
+    """Make dropout a function of (seed, step, shard), so that a resumed run repeats itself.
+
+    Not through torch.manual_seed: as long as CUDA sleeps that keeps a stack trace for each call, which takes time and
+    memory.
+    """
+    mixed = hashlib.blake2b(f"{seed} {step} {shard}".encode(), digest_size=8).digest()
+    number = int.from_bytes(mixed, "little") >> 1
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
