@@ -19,10 +19,18 @@ from distplateau.lockstep.schedules import SCHEDULES
 
 _INTERVAL = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>epoch|epochs|step|steps)")
 
+_EARLY_STOP = re.compile(r"(?P<count>[1-9]\d*) reductions?")
+
 
 def _check_interval(text: str) -> str:
     if not _INTERVAL.fullmatch(text):
         raise ValueError('write "1 epoch" or "500 steps"')
+    return text
+
+
+def _check_early_stop(text: str) -> str:
+    if text != "min_lr" and not _EARLY_STOP.fullmatch(text):
+        raise ValueError('write "3 reductions" or "min_lr"')
     return text
 
 
@@ -135,6 +143,10 @@ class ScheduleSection(Section):
     warmup_steps: Annotated[NonNegative, Field(description="optimizer steps of linear warmup")] = 0
     start_after: Annotated[NonNegative, Field(description="validations before the plateau logic begins")] = 0
     smoothing: Annotated[float, Field(ge=0, lt=1, description="EMA weight of the past metric, 0 = off")] = 0.0
+    restore_best: Annotated[
+        bool | Literal["reset"],
+        Field(description='put the best weights back at a reduction; "reset" forgets the optimizer\'s state as well'),
+    ] = False
     nonfinite: Annotated[Literal["bad", "ignore", "raise"], Field(description="what NaN or inf counts as")] = "bad"
     args: Annotated[dict[str, Any], Field(description="settings of one schedule, such as step_size or t_0")] = {}
 
@@ -168,15 +180,41 @@ class TrainingSection(Section):
 
     epochs: Annotated[Positive, Field(description="passes over the training data")] = 10
     loss: Annotated[Literal["cross_entropy"], Field(description="cross_entropy")] = "cross_entropy"
+    metrics: Annotated[
+        Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None,
+        Field(description="package.module:function of (outputs, targets), returns per-sample values by name"),
+    ] = None
     precision: Annotated[Literal["no", "bf16", "fp16"], Field(description="mixed precision through Accelerate")] = "no"
     grad_accumulation: Annotated[Positive, Field(description="micro-batches a global batch is computed in")] = 1
     max_grad_norm: Annotated[Annotated[float, Field(gt=0)] | None, Field(description="clip gradients to this norm")] = (
         None
     )
+    micro_batch_size: Annotated[
+        Positive | None, Field(description="most samples of a rank in one forward pass; a larger share is cut up")
+    ] = None
     validate_every: Annotated[Interval, Field(description='"1 epoch" or "500 steps"')] = "1 epoch"
+    early_stop: Annotated[
+        Annotated[str, AfterValidator(_check_early_stop)] | None,
+        Field(description='"3 reductions" (stop instead of making the next one) or "min_lr"'),
+    ] = None
+    ema: Annotated[
+        Annotated[float, Field(gt=0, lt=1)] | None,
+        Field(description="decay of a moving average of the weights, which is validated and saved in their place"),
+    ] = None
+    compile: Annotated[bool, Field(description="torch.compile the model")] = False
+    channels_last: Annotated[bool, Field(description="keep images with their channels last in memory")] = False
+    deterministic: Annotated[
+        bool, Field(description="only kernels that repeat themselves bit for bit; GPUs have others")
+    ] = False
     sync_batchnorm_stats: Annotated[
         Literal["mean", "broadcast"], Field(description="make BatchNorm buffers equal before a validation")
     ] = "mean"
+
+    @property
+    def most_reductions(self) -> int | None:
+        """Return after how many reductions a further one ends the run, None for no such end."""
+        match = _EARLY_STOP.fullmatch(self.early_stop or "")
+        return int(match["count"]) if match else None
 
 
 class CheckpointSection(Section):

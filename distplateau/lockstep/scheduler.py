@@ -234,6 +234,12 @@ class LockstepScheduler:
         """Return the learning rate of each group, as torch does."""
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
+    def at_floor(self) -> bool:
+        """Return whether no group's learning rate can go lower, as far as the schedule's own rate goes."""
+        rule = self.schedule.rule
+        floors = _per_group(rule.min_lr, len(self._state.lrs))
+        return all(lr - floor <= rule.eps for lr, floor in zip(self._state.lrs, floors, strict=True))
+
     @property
     def state(self) -> PlateauState:
         """The pure state that the schedule decides on."""

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _STATE, _BEST, _MANIFEST = (
+_MODEL, _OPTIMIZER, _STATE, _BEST, _AVERAGE, _MANIFEST = (
     "model.safetensors",
     "optimizer.pt",
     "state.json",
     "best.safetensors",
+    "average.safetensors",
     "manifest.json",
 )
 
@@ -47,6 +48,8 @@ class Checkpoint:
         The optimizer's state dict.
     state
         Plain values: scheduler, position, best so far, gradient scaler, tracking id.
+    average
+        State dict of the moving average of the weights, where there is one.
     path
         Where it was read from; None before it is saved.
     """
@@ -54,7 +57,14 @@ class Checkpoint:
     model: Mapping[str, Tensor]
     optimizer: dict[str, Any]
     state: dict[str, Any]
+    average: Mapping[str, Tensor] | None = None
     path: Path | None = None
+
+    def best_weights(self) -> dict[str, Tensor]:
+        """Read the best weights as they were at the checkpoint; empty if there were none."""
+        assert self.path is not None
+        best = self.path / _BEST
+        return safetensors.torch.load_file(best) if best.exists() else {}
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,8 @@ class CheckpointFolder:
 
     def _write_files(self, checkpoint: Checkpoint, folder: Path) -> None:
         safetensors.torch.save_file(_contiguous(checkpoint.model), folder / _MODEL)
+        if checkpoint.average is not None:
+            safetensors.torch.save_file(_contiguous(checkpoint.average), folder / _AVERAGE)
         torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
         state = {"format": FORMAT, **checkpoint.state}
         (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -175,6 +187,7 @@ def _read(path: Path) -> Checkpoint:
         if state.get("format") != FORMAT:
             raise _DamagedError(f"it has format {state.get('format')!r}, this version reads {FORMAT}")
         model = safetensors.torch.load_file(path / _MODEL)
+        average = safetensors.torch.load_file(path / _AVERAGE) if _AVERAGE in manifest else None
         optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
     except _DamagedError:
         raise
@@ -182,7 +195,7 @@ def _read(path: Path) -> Checkpoint:
         raise _DamagedError(f"{Path(error.filename or '').name} is missing") from error
     except Exception as error:  # whatever a reader says of foreign bytes
         raise _DamagedError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return Checkpoint(model, optimizer, state, path)
+    return Checkpoint(model, optimizer, state, average, path)
 
 
 def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

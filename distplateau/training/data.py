@@ -75,6 +75,8 @@ class DataSet:
     ----------
     mean, std
         Per channel, over the whole official training set, in units of the uint8 values.
+    channels_last
+        How normalized images lie in memory.
     """
 
     name: str
@@ -84,6 +86,7 @@ class DataSet:
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    channels_last: bool = False
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -105,7 +108,8 @@ class DataSet:
     def normalize(self, images: Tensor) -> Tensor:
         """Turn uint8 images [n, c, h, w] into float32 of mean 0 and deviation 1 per channel, on their device."""
         mean, scale = _normalization(self.mean, self.std, images.device)
-        return images.float().sub_(mean).mul_(scale)
+        normalized = images.float().sub_(mean).mul_(scale)
+        return normalized.contiguous(memory_format=torch.channels_last) if self.channels_last else normalized
 
 
 @cache

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +15,9 @@ import torch.distributed.nn.functional
 from accelerate import Accelerator
 
 from distplateau.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def on_cpu() -> bool:
@@ -45,6 +49,24 @@ def start_accelerator(precision: str, **options: Any) -> Accelerator:
             "use one of the configurations in launch/ with accelerate launch",
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def repeatable_kernels(wanted: bool) -> Iterator[None]:
+    """Let torch use only kernels that give the same bits each time, and put everything back afterwards."""
+    if not wanted:
+        yield
+        return
+    enabled, tuned = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    # cuBLAS reads it when it starts, which is at the first matrix product.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(mode=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(mode=enabled)
+        torch.backends.cudnn.benchmark = tuned
 
 
 def _share_cores() -> None:

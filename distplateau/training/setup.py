@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -52,7 +52,8 @@ def prepare_parts(config: Config) -> Parts:
             value=config.data.global_batch_size,
         )
     _check_precision(config)
-    data = load_data(config.data, config.run.seed)
+    _check_early_stop(config)
+    data = replace(load_data(config.data, config.run.seed), channels_last=config.training.channels_last)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, data.image_shape, data.num_classes)
     optimizer = build_optimizer(config.optimizer, model)
@@ -97,6 +98,18 @@ def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: s
 def _check_precision(config: Config) -> None:
     if config.training.precision == "fp16" and on_cpu():
         raise InputError("training.precision", "fp16 needs a GPU", "use 'bf16' or 'no' on a CPU", value="fp16")
+
+
+def _check_early_stop(config: Config) -> None:
+    wish, section = config.training.early_stop, config.schedule
+    if wish is None:
+        return
+    if section.name not in {"plateau", "greedy"}:
+        problem = f"the {section.name!r} schedule makes no reductions"
+        raise InputError("training.early_stop", problem, "remove it, or use the plateau schedule", value=wish)
+    floors = section.min_lr if isinstance(section.min_lr, list) else [section.min_lr]
+    if wish == "min_lr" and not all(floors):
+        raise InputError("training.early_stop", "schedule.min_lr is 0, which is never reached", "set it", value=wish)
 
 
 def check_run_folder(config: Config, *, override: bool) -> None:

@@ -61,14 +61,15 @@ class TrainStep:
         self._optimizer = optimizer if scaled else optimizer.optimizer
         self._min_samples = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
         self._order: tuple[int, Tensor] | None = None
-        self._last_loss: Tensor | None = None
+        self._losses: list[tuple[int, int, Tensor]] = []
 
     def __call__(self, step: int) -> int:
         """Make optimizer step number `step`, counted from 0; return its global batch size. Every rank calls it."""
         indices, batch_size = self._batch_indices(step)
         seed_step(self.config.run.seed, step, self.rank, self.accelerator.device)
         section = self.config.training
-        micro_batches = section.grad_accumulation
+        most = section.micro_batch_size or len(indices)
+        micro_batches = max(section.grad_accumulation, -(-len(indices) // max(1, most)))
         for place in range(micro_batches):
             begin, end = rank_slice(0, len(indices), place, micro_batches)
             last = place == micro_batches - 1
@@ -83,7 +84,19 @@ class TrainStep:
 
     def last_loss(self) -> float:
         """Return the mean loss of this rank's last micro-batch. Waits for the device."""
-        return math.nan if self._last_loss is None or not len(self._last_loss) else float(self._last_loss.mean())
+        _, samples, total = self._losses[-1] if self._losses else (0, 0, None)
+        return math.nan if total is None or not samples else float(total) / samples
+
+    def first_nonfinite(self) -> int | None:
+        """Return the first step since `restart` at which this rank's loss was NaN or infinite. Waits for the device."""
+        if not self._losses:
+            return None
+        bad = (~torch.stack([total for *_, total in self._losses]).isfinite()).tolist()
+        return self._losses[bad.index(True)][0] if True in bad else None
+
+    def restart(self) -> None:
+        """Forget the losses: a validation has recorded them."""
+        self._losses = []
 
     def _add_gradient(self, indices: Tensor, batch_size: int, step: int) -> None:
         """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
@@ -97,9 +110,11 @@ class TrainStep:
             indices = torch.cat([indices, filler])
         images = self.data.normalize(self.data.train.images[indices])
         losses = functional.cross_entropy(self.model(images), self.data.train.labels[indices], reduction="none")
-        self._last_loss = losses.detach()[:real]
-        self.train_loss.update(self._last_loss)
-        loss = losses[:real].sum() if real else losses.sum() * 0.0
+        self.train_loss.update(losses.detach()[:real])
+        total = losses[:real].sum()
+        self._losses.append((step, real, total.detach()))
+        # An empty slice has the sum 0 and no gradient, but DDP waits for one.
+        loss = total if real else losses.sum() * 0.0
         self._backward(loss * (self.world_size / batch_size))
 
     def _batch_indices(self, step: int) -> tuple[Tensor, int]:

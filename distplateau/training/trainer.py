@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
 import distplateau
@@ -24,8 +24,9 @@ from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
+from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
-from distplateau.training.processes import start_accelerator
+from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.step import TrainStep
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
+    from torch import nn
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
@@ -74,7 +76,8 @@ def train(config: Config, *, override: bool = False) -> Path:
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
     )
     try:
-        Trainer(config, parts, accelerator).run()
+        with repeatable_kernels(config.training.deterministic):
+            Trainer(config, parts, accelerator).run()
     finally:
         accelerator.end_training()
     return config.run_dir
@@ -95,11 +98,19 @@ class Trainer:
         self.main = accelerator.is_main_process
         self.device = accelerator.device
         self.data = parts.data.to(self.device)
+        section = config.training
+        if section.channels_last:
+            parts.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        if section.compile:
+            parts.model.compile()
         with warnings.catch_warnings():
             # torch >= 2.14 has another name for it, which Accelerate does not know yet.
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             prepared = accelerator.prepare(parts.model, parts.optimizer, parts.scheduler)
         self.model, self.optimizer, self.scheduler = prepared
+        self.network: nn.Module = accelerator.unwrap_model(self.model)
+        self.average = WeightAverage(self.network, section.ema) if section.ema else None
+        self.best_weights: dict[str, Tensor] = {}
         self.step = 0
         self.best = Best(math.inf if config.schedule.resolved_mode == "min" else -math.inf)
         self.reductions = 0
@@ -136,27 +147,44 @@ class Trainer:
         self._clock.restart()
         self.model.train()
         saved_at = self.step
-        while self.step < self.length.total_steps:
+        while self._end() is None:
             self._clock.samples += self.train_step(self.step)
             self.scheduler.step_update()
             self.step += 1
+            if self.average:
+                self.average.update(self.step)
             progress.stepped(self.step, self.train_step.last_loss, self.scheduler.get_last_lr)
-            at_end = self.step == self.length.total_steps
-            if self.step % self.validate_every == 0 or at_end:
+            if self.step % self.validate_every == 0 or self.step == self.length.total_steps:
                 event = self._validate()
                 progress.validated(event, self.config.training.epochs, self._patience)
-                if self.step - saved_at >= self.checkpoint_every or at_end:
+                if self.step - saved_at >= self.checkpoint_every or self._end() is not None:
                     saved_at = self.step
                     self._save()
                 self._clock.restart()
+                self.train_step.restart()
+
+    def _end(self) -> str | None:
+        """Return why the run is at its end, None while it is not. The same on every rank, also after a resume."""
+        section = self.config.training
+        if self.step >= self.length.total_steps:
+            return f"{section.epochs} epochs"
+        if section.most_reductions is not None and self.reductions >= section.most_reductions:
+            return f"{self.reductions} reductions"
+        if section.early_stop == "min_lr" and self.scheduler.at_floor():
+            return "min_lr"
+        return None
 
     # One validation.
 
     def _validate(self) -> Event:
         """Measure, agree, decide, record: the same decision on every rank, one all-reduce for all metrics."""
         self._clock.training_ends()
-        sync_buffers(self.model, self.config.training.sync_batchnorm_stats)
-        measure(self.accelerator, self.model, self.data, "validation", self.config.data.eval_batch_size, self.metrics)
+        sync_buffers(self.network, self.config.training.sync_batchnorm_stats)
+        if self.average:
+            self.average.copy_buffers()
+        measure(
+            self.accelerator, self._validated, self.data, "validation", self.config.data.eval_batch_size, self.metrics
+        )
         monitored = self.metrics[self.config.schedule.monitor]
         others = [metric for metric in self.metrics.values() if metric is not monitored]
         consultation = self.scheduler.consult(monitored, also=[*others, self.train_step.train_loss])
@@ -164,6 +192,7 @@ class Trainer:
         self.reductions += decision.reduced
         improved = self._note_best(decision)
         event = self._event(decision, consultation)
+        self._mind_best(decision, improved=improved)
         if self.main:
             if improved:
                 self._save_best(decision)
@@ -178,8 +207,38 @@ class Trainer:
         self.best = Best(decision.value, decision.validation, self.step)
         return True
 
+    @property
+    def _validated(self) -> nn.Module:
+        """The network that is validated and whose weights are saved as the best: the average, where there is one."""
+        return self.average.network if self.average else self.network
+
+    def _mind_best(self, decision: Decision, *, improved: bool) -> None:
+        """Keep the best weights on every rank, and put them back at a reduction, if that is asked for."""
+        wish = self.config.schedule.restore_best
+        if wish is False:
+            return
+        if improved:
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in self._validated.state_dict().items()}
+        elif decision.reduced and self.best_weights:
+            self.network.load_state_dict(self.best_weights)
+            if self.average:
+                self.average.network.load_state_dict(self.best_weights)
+            if wish == "reset":
+                self.optimizer.optimizer.state.clear()
+
+    def _trace_nonfinite(self) -> dict[str, int]:
+        """Return the first step at which a training loss was NaN or infinite, and the rank. Collective.
+
+        Only called when the reduced training loss says that there was one, which all ranks see alike.
+        """
+        mine = self.train_step.first_nonfinite()
+        steps = gather_object([math.inf if mine is None else mine])
+        step, rank = min((step, rank) for rank, step in enumerate(steps))
+        return {"step": step, "rank": rank}
+
     def _event(self, decision: Decision, consultation: Consultation) -> Event:
         train_seconds, seconds = self._clock.read()
+        train_loss = self.train_step.train_loss.compute()
         return {
             "validation": decision.validation,
             "epoch": self.step / self.length.steps_per_epoch,
@@ -195,7 +254,8 @@ class Trainer:
             "cooldown": decision.cooldown,
             "ranks": consultation.ranks,
             "digest": consultation.digest,
-            "train_loss": self.train_step.train_loss.compute(),
+            "train_loss": train_loss,
+            **({} if math.isfinite(train_loss) else {"nonfinite_loss": self._trace_nonfinite()}),
             "metrics": {name: metric.compute() for name, metric in self.metrics.items()},
             "samples_per_second": round(self._clock.samples / train_seconds, 1),
             "seconds": round(seconds, 3),
@@ -215,7 +275,7 @@ class Trainer:
             "validation": str(decision.validation),
             "step": str(self.step),
         }
-        save_weights(self.config.run_dir / "model.safetensors", self._weights(), metadata)
+        save_weights(self.config.run_dir / "model.safetensors", self._validated.state_dict(), metadata)
 
     def _save(self) -> None:
         """Save after the decision, so that an observation is never lost or made twice."""
@@ -232,7 +292,9 @@ class Trainer:
             "scaler": None if scaler is None else scaler.state_dict(),
         }
         optimizer = self.optimizer.state_dict()
-        self.checkpoints.save(Checkpoint(self._weights(), optimizer, _plain_infinities(state)), self.step)
+        average = self.average.network.state_dict() if self.average else None
+        checkpoint = Checkpoint(self.network.state_dict(), optimizer, _plain_infinities(state), average)
+        self.checkpoints.save(checkpoint, self.step)
         self.mirror.catch_up()
 
     def _resume(self) -> Checkpoint | None:
@@ -243,7 +305,12 @@ class Trainer:
         if checkpoint is None:
             return None
         state = _real_infinities(checkpoint.state)
-        self.accelerator.unwrap_model(self.model).load_state_dict(dict(checkpoint.model))
+        self.network.load_state_dict(dict(checkpoint.model))
+        if self.average:
+            self.average.network.load_state_dict(dict(checkpoint.average or checkpoint.model))
+        if self.config.schedule.restore_best:
+            on_device = {name: tensor.to(self.device) for name, tensor in checkpoint.best_weights().items()}
+            self.best_weights = on_device
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -264,7 +331,7 @@ class Trainer:
             last_validation = int(resumed.state["validations"])
         if not started_before:
             self.ledger.append("start", run=self.config.run.name, **self._circumstances(), **self._description())
-        elif read_ledger(run_dir).finished is None or self.step < self.length.total_steps:
+        elif read_ledger(run_dir).finished is None or self._end() is None:
             self.ledger.append("resumed", last_validation=last_validation, step=self.step, **self._circumstances())
         self.mirror = open_mirror(self.config, self.run_id)
 
@@ -316,7 +383,7 @@ class Trainer:
         )
         for key in self.config.schedule.without_effect:
             progress.say(f"schedule.{key} has no effect on the {self.config.schedule.name} schedule", "yellow")
-        if resumed is not None and self.step < self.length.total_steps:
+        if resumed is not None and self._end() is None:
             progress.say(f"resumed from {resumed.path} after validation {resumed.state['validations']}")
 
     def _finish(self, progress: ProgressReport) -> None:
@@ -330,15 +397,13 @@ class Trainer:
                 best_validation=self.best.validation,
                 best_step=self.best.step,
                 reductions=self.reductions,
+                ended_after=self._end(),
                 seconds=_training_seconds(read_ledger(self.config.run_dir).validations),
             )
         progress.say(
             f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
             f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}; run folder {self.config.run_dir}"
         )
-
-    def _weights(self) -> dict[str, Tensor]:
-        return self.accelerator.unwrap_model(self.model).state_dict()
 
 
 class _Clock:

@@ -26,7 +26,7 @@ def metric_names(num_classes: int) -> tuple[str, ...]:
 
 def measure(
     accelerator: Accelerator,
-    model: nn.Module,
+    network: nn.Module,
     data: DataSet,
     split: str,
     batch_size: int,
@@ -35,9 +35,8 @@ def measure(
     """Add this rank's share of a split to the metrics. No communication; every sample is on exactly one rank.
 
     Whole batches of a fixed size are dealt out, so that a sample's loss is computed in the same shape, and with the
-    same bits, at any number of ranks.
+    same bits, at any number of ranks. `network` is not wrapped in DDP: nothing is exchanged here.
     """
-    network = accelerator.unwrap_model(model)
     was_training = network.training
     network.eval()
     samples = getattr(data, split)
