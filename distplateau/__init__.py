@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.sampler import ShardSampler
     from distplateau.lockstep.scheduler import ReduceLROnPlateau
+    from distplateau.training.fit import fit
     from distplateau.training.models import load_model
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "ExactSum", "GlobalMean", "ReduceLROnPlateau", "ShardSampler", "load_model"]
+__all__ = ["Decision", "ExactSum", "GlobalMean", "ReduceLROnPlateau", "ShardSampler", "fit", "load_model"]
 
 _HOME = {
     "Decision": "lockstep.plateau",
@@ -26,6 +27,7 @@ _HOME = {
     "GlobalMean": "lockstep.metric",
     "ReduceLROnPlateau": "lockstep.scheduler",
     "ShardSampler": "lockstep.sampler",
+    "fit": "training.fit",
     "load_model": "training.models",
 }
 

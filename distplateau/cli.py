@@ -56,8 +56,9 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
 
     result = evaluate(options.run_dir, options.split, options.data_root)
     top5 = f", top-5 {100 * result['top5']:.2f} %" if "top5" in result else ""
+    own = "".join(f", {k} {v:.4g}" for k, v in result.items() if k not in {"loss", "accuracy", "top5", "count"})
     _print_once(
-        f"{options.split}: loss {result['loss']:.6g}, accuracy {100 * result['accuracy']:.2f} %{top5} "
+        f"{options.split}: loss {result['loss']:.6g}, accuracy {100 * result['accuracy']:.2f} %{top5}{own} "
         f"over {result['count']:,} samples (best weights of {options.run_dir})",
         stream=sys.stdout,
     )

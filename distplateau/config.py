@@ -85,6 +85,10 @@ class DataSection(Section):
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
         Field(description="samples (or share) carved out of the training set"),
     ] = 0.1
+    augment: Annotated[
+        list[str | dict[str, Any]],
+        Field(description='of the training images: "flip", "crop", "erase", or tables such as {name = "crop"}'),
+    ] = []
 
 
 class ModelSection(Section):
@@ -179,7 +183,11 @@ class TrainingSection(Section):
     """The loop."""
 
     epochs: Annotated[Positive, Field(description="passes over the training data")] = 10
-    loss: Annotated[Literal["cross_entropy"], Field(description="cross_entropy")] = "cross_entropy"
+    loss: Annotated[
+        str,
+        Field(min_length=1, description="cross_entropy, mse, bce, or package.module:function"),
+    ] = "cross_entropy"
+    loss_args: Annotated[dict[str, Any], Field(description="settings of the loss, such as label_smoothing")] = {}
     metrics: Annotated[
         Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None,
         Field(description="package.module:function of (outputs, targets), returns per-sample values by name"),
@@ -195,7 +203,7 @@ class TrainingSection(Section):
     validate_every: Annotated[Interval, Field(description='"1 epoch" or "500 steps"')] = "1 epoch"
     early_stop: Annotated[
         Annotated[str, AfterValidator(_check_early_stop)] | None,
-        Field(description='"3 reductions" (stop instead of making the next one) or "min_lr"'),
+        Field(description='"3 reductions" or "min_lr": end the run when it has come to that'),
     ] = None
     ema: Annotated[
         Annotated[float, Field(gt=0, lt=1)] | None,

@@ -16,7 +16,7 @@ from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import read_ledger
 from distplateau.training.setup import differences, prepare_parts
 from distplateau.training.trainer import Trainer, train
-from distplateau.training.validation import measure, metric_names
+from distplateau.training.validation import measure
 from ranks import run_ranks
 
 # One hidden layer and few samples: a run of a second that still has every part.
@@ -79,8 +79,8 @@ def _measure_fixed_weights(rank, config):
 
     torch.set_num_threads(1)
     parts = prepare_parts(config)
-    metrics = {name: GlobalMean() for name in metric_names(10)}
-    measure(Accelerator(cpu=True), parts.model, parts.data, "validation", 64, metrics)
+    metrics = {name: GlobalMean() for name in parts.metrics}
+    measure(Accelerator(cpu=True), parts.model, parts.data, "validation", 64, parts.objective, metrics)
     return {name: metric.compute().hex() for name, metric in metrics.items()}
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 from distplateau.training.averaging import WeightAverage
+from distplateau.training.evaluate import evaluate
 from distplateau.training.setup import prepare_parts
 from distplateau.training.trainer import Trainer, train
 from ranks import run_ranks
@@ -251,3 +254,43 @@ def test_compiled_it_trains_alike(tmp_path):
     assert results == [(plain[0][0], ["MLP"])] * 2
     names = load_file(tmp_path / "compiled" / "run" / "model.safetensors").keys()
     assert names == load_file(tmp_path / "plain" / "run" / "model.safetensors").keys()
+
+
+# Loss, metrics and augmentation by name.
+
+
+def test_loss_metrics_and_augmentation_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_metrics.py").write_text(
+        "def confidence(outputs, targets):\n    return {'confidence': outputs.softmax(1).max(1).values}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    sections = {
+        "data": {"augment": ["flip", {"name": "crop", "padding": 1}]},
+        "schedule": {"monitor": "val/confidence", "mode": "max"},
+        "training": {
+            "epochs": 4,
+            "loss_args": {"label_smoothing": 0.1},
+            "metrics": "my_metrics:confidence",
+            "grad_accumulation": 2,
+        },
+    }
+    whole = run_ranks(_in_folder, 2, tmp_path, make_config(tmp_path / "whole", **sections))
+    config = make_config(tmp_path / "cut", **sections)
+    run_ranks(_in_folder, 2, tmp_path, config, 2)
+    resumed = run_ranks(_in_folder, 2, tmp_path, config)
+    assert same_tensors(resumed[0][1], whole[0][1])  # the same flips and crops again
+    events = read_ledger(tmp_path / "whole" / "run").validations
+    assert all(event["value"] == event["metrics"]["val/confidence"] for event in events)
+    result = evaluate(tmp_path / "whole" / "run")
+    assert set(result) == {"loss", "accuracy", "top5", "confidence", "count"}
+    assert result["count"] == 360
+    plain = {**sections, "data": {}}
+    assert not same_tensors(
+        run_ranks(_in_folder, 2, tmp_path, make_config(tmp_path / "plain", **plain))[0][1], whole[0][1]
+    )
+
+
+def _in_folder(rank, folder, config, validations=None):
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    return _train(rank, config) if validations is None else _train_until(rank, config, validations)

@@ -106,7 +106,12 @@ class DataSet:
         )
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Turn uint8 images [n, c, h, w] into float32 of mean 0 and deviation 1 per channel, on their device."""
+        """Turn uint8 images [n, c, h, w] into float32 of mean 0 and deviation 1 per channel, on their device.
+
+        Without a mean they are a user's own inputs and stay as they are.
+        """
+        if not self.mean:
+            return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
         mean, scale = _normalization(self.mean, self.std, images.device)
         normalized = images.float().sub_(mean).mul_(scale)
         return normalized.contiguous(memory_format=torch.channels_last) if self.channels_last else normalized

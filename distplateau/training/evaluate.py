@@ -10,6 +10,7 @@ from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.data import load_data
 from distplateau.training.models import load_model
+from distplateau.training.objective import build_objective
 from distplateau.training.processes import start_accelerator
 from distplateau.training.validation import measure, metric_names
 
@@ -46,13 +47,15 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": data_root})})
     model = load_model(run_dir)
     data = load_data(config.data, config.run.seed)
+    objective = build_objective(config.training, data.num_classes)
+    metrics = {name: GlobalMean() for name in metric_names(objective, model, data)}
     accelerator = start_accelerator(config.training.precision)
     try:
-        metrics = {name: GlobalMean() for name in metric_names(data.num_classes)}
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
         model = model.to(accelerator.device)
         with accelerator.autocast():
-            measure(accelerator, model, data.to(accelerator.device), split, config.data.eval_batch_size, metrics)
+            data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
+            measure(accelerator, model, data, split, batch_size, objective, metrics)
         result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
         result["count"] = int(metrics["val/loss"].count)
         if accelerator.is_main_process:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 import itertools
 import re
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +13,10 @@ from torch import Tensor, nn
 from distplateau.config import load_config
 from distplateau.errors import InputError, closest
 from distplateau.record.ledger import read_ledger
+from distplateau.training.imports import check_arguments, import_function, nearest, short, signature_of, takes_any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
 
     from distplateau.config import ModelSection
 
@@ -84,7 +81,7 @@ def check_model(section: ModelSection) -> None:
         For a name that does not exist, or an argument that its signature does not have or lacks.
     """
     if ":" in section.name:
-        _check_function_args(section, _import(section.name))
+        _check_function_args(section, import_function("model.name", section.name))
     elif section.name == "mlp":
         _check_mlp_args(section.args)
     else:
@@ -153,7 +150,7 @@ def load_model(run_dir: str | Path) -> nn.Module:
     except FileNotFoundError:
         raise InputError(str(path), "is not there: no validation has been finished", "train the run first") from None
     except Exception as error:  # damaged file, or other keys and shapes
-        problem = f"does not fit the run's model ({_short(error)})"
+        problem = f"does not fit the run's model ({short(error)})"
         raise InputError(str(path), problem, "train the run again") from None
     return model.eval()
 
@@ -182,7 +179,7 @@ def _check_torchvision(section: ModelSection) -> None:
     if section.name not in names:
         how = "valid: mlp, package.module:function, or one of torchvision.models.list_models(module=torchvision.models)"
         raise InputError(
-            "model.name", "there is no such model", _nearest(section.name, ["mlp", *names]) + how, value=section.name
+            "model.name", "there is no such model", nearest(section.name, ["mlp", *names]) + how, value=section.name
         )
     for key, value in section.args.items():
         _refuse_fixed(key, value, _FIXED_TORCHVISION_ARGS)
@@ -200,38 +197,26 @@ def _from_torchvision(section: ModelSection, image_shape: ImageShape, num_classe
         if unknown and unknown[1] in section.args:
             where, value = f"model.args.{unknown[1]}", section.args[unknown[1]]
             raise InputError(where, f"unknown argument of {section.name}", "remove it", value=value) from None
-        problem = f"{section.name} refuses them ({type(error).__name__}: {_short(error)})"
+        problem = f"{section.name} refuses them ({type(error).__name__}: {short(error)})"
         raise InputError("model.args", problem, "mend them", value=section.args) from None
     return GrayToColor(model) if image_shape[0] == 1 else model
 
 
 def _check_function_args(section: ModelSection, function: Callable[..., Any]) -> None:
-    """Compare the arguments with the signature, where there is one: some functions written in C have none."""
     for key, value in section.args.items():
         _refuse_fixed(key, value, _FIXED_ARGS)
-    parameters = _parameters(function)
-    if parameters is None:
-        return
-    by_keyword = {key for key, parameter in parameters.items() if parameter.kind in _KEYWORD_KINDS}
-    for key, value in section.args.items():
-        if key not in by_keyword and not _takes_any(parameters):
-            valid = by_keyword - _FIXED_ARGS.keys()
-            fix = closest(key, valid) if valid else "it takes none"
-            raise InputError(f"model.args.{key}", f"unknown argument of {section.name}", fix, value=value)
-    for key in sorted(by_keyword - _FIXED_ARGS.keys() - section.args.keys()):
-        if parameters[key].default is inspect.Parameter.empty:
-            raise InputError(f"model.args.{key}", f"is missing, {section.name} needs it", "set it")
+    check_arguments("model.args", section.name, function, section.args, provided=_FIXED_ARGS)
 
 
 def _from_function(section: ModelSection, image_shape: ImageShape, num_classes: int) -> nn.Module:
-    function = _import(section.name)
-    parameters = _parameters(function) or {}
+    function = import_function("model.name", section.name)
+    parameters = signature_of(function) or {}
     offered: dict[str, Any] = {"image_shape": image_shape, "num_classes": num_classes}
-    context = {key: value for key, value in offered.items() if key in parameters or _takes_any(parameters)}
+    context = {key: value for key, value in offered.items() if key in parameters or takes_any(parameters)}
     try:
         model = function(**context, **section.args)
     except Exception as error:  # the user's code
-        problem = f"it raised {type(error).__name__}: {_short(error)}"
+        problem = f"it raised {type(error).__name__}: {short(error)}"
         raise InputError("model.name", problem, "mend the function", value=section.name) from error
     if not isinstance(model, nn.Module):
         problem = f"it returned a {type(model).__name__}"
@@ -239,45 +224,9 @@ def _from_function(section: ModelSection, image_shape: ImageShape, num_classes: 
     return model
 
 
-_KEYWORD_KINDS = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY}
-
-
-def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter] | None:
-    try:
-        return inspect.signature(function).parameters
-    except (TypeError, ValueError):
-        return None
-
-
-def _takes_any(parameters: Mapping[str, inspect.Parameter]) -> bool:
-    return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-
-
 def _refuse_fixed(key: str, value: Any, fixed: Mapping[str, str]) -> None:
     if key in fixed:
         raise InputError(f"model.args.{key}", f"cannot be set: {fixed[key]}", "remove it", value=value)
-
-
-def _import(name: str) -> Callable[..., Any]:
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's module does while it is imported
-        raise InputError(
-            "model.name",
-            f"{module_name!r} cannot be imported ({type(error).__name__}: {_short(error)})",
-            "write package.module:function, with the module in the current folder or installed",
-            value=name,
-        ) from None
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        names = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        fix = _nearest(function_name, names) + "name a function of that module"
-        raise InputError("model.name", f"{module_name} has no such function", fix, value=name)
-    return function
 
 
 def _try_forward(section: ModelSection, model: nn.Module, image_shape: ImageShape, num_classes: int) -> None:
@@ -291,7 +240,7 @@ def _try_forward(section: ModelSection, model: nn.Module, image_shape: ImageShap
     except Exception as error:  # whatever a model says of an image size it cannot take
         raise InputError(
             "model.name",
-            f"cannot take images of {' x '.join(map(str, image_shape))} ({type(error).__name__}: {_short(error)})",
+            f"cannot take images of {' x '.join(map(str, image_shape))} ({type(error).__name__}: {short(error)})",
             "choose another model or data set",
             value=section.name,
         ) from None
@@ -305,13 +254,3 @@ def _try_forward(section: ModelSection, model: nn.Module, image_shape: ImageShap
             f"return logits of shape (2, {num_classes})",
             value=section.name,
         )
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    """Suggest up to three of many names; `closest` would list them all."""
-    near = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.4)
-    return f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

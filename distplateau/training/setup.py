@@ -14,8 +14,10 @@ from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
+from distplateau.training.augment import Augment, build_augment
 from distplateau.training.data import DataSet, load_data
 from distplateau.training.models import build_model
+from distplateau.training.objective import Objective, build_objective
 from distplateau.training.optimizers import build_optimizer
 from distplateau.training.processes import launched_ranks, on_cpu
 from distplateau.training.validation import metric_names
@@ -33,6 +35,9 @@ class Parts:
     optimizer: torch.optim.Optimizer
     scheduler: LockstepScheduler
     length: schedules.Length
+    objective: Objective
+    metrics: tuple[str, ...]
+    augment: Augment
 
 
 def prepare_parts(config: Config) -> Parts:
@@ -43,6 +48,15 @@ def prepare_parts(config: Config) -> Parts:
     InputError
         With the dotted key, the value and the fix.
     """
+    check_ranks(config)
+    data = load_data(config.data, config.run.seed)
+    torch.manual_seed(config.run.seed)
+    model = build_model(config.model, data.image_shape, data.num_classes)
+    return assemble_parts(config, data, model, build_objective(config.training, data.num_classes))
+
+
+def check_ranks(config: Config) -> None:
+    """Find out what is wrong without building anything."""
     ranks = launched_ranks()
     if config.data.global_batch_size < ranks:
         raise InputError(
@@ -53,13 +67,11 @@ def prepare_parts(config: Config) -> Parts:
         )
     _check_precision(config)
     _check_early_stop(config)
-    data = replace(load_data(config.data, config.run.seed), channels_last=config.training.channels_last)
-    torch.manual_seed(config.run.seed)
-    model = build_model(config.model, data.image_shape, data.num_classes)
-    optimizer = build_optimizer(config.optimizer, model)
-    steps_per_epoch = math.ceil(len(data.train) / config.data.global_batch_size)
-    length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
-    metrics = metric_names(data.num_classes)
+
+
+def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: Objective) -> Parts:
+    """Make what belongs to a model, its data and its objective: names of metrics, augmentation, optimizer, schedule."""
+    metrics = metric_names(objective, model, data)
     if config.schedule.monitor not in metrics:
         raise InputError(
             "schedule.monitor",
@@ -67,7 +79,12 @@ def prepare_parts(config: Config) -> Parts:
             f"choose one of {', '.join(metrics)}",
             value=config.schedule.monitor,
         )
-    return Parts(data, model, optimizer, _build_scheduler(config, optimizer, length), length)
+    data = replace(data, channels_last=config.training.channels_last)
+    steps_per_epoch = math.ceil(len(data.train) / config.data.global_batch_size)
+    length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
+    optimizer = build_optimizer(config.optimizer, model)
+    scheduler = _build_scheduler(config, optimizer, length)
+    return Parts(data, model, optimizer, scheduler, length, objective, metrics, build_augment(config.data.augment))
 
 
 def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:

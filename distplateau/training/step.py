@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.data import epoch_order, rank_slice
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
 
     from distplateau.config import Config
-    from distplateau.lockstep.schedules import Length
     from distplateau.training.data import DataSet
+    from distplateau.training.setup import Parts
 
 
 class TrainStep:
@@ -30,10 +29,10 @@ class TrainStep:
 
     Parameters
     ----------
+    data
+        On this rank's device.
     model, optimizer
         As Accelerate prepared them.
-    length
-        Steps of an epoch and of the run.
 
     Attributes
     ----------
@@ -44,14 +43,15 @@ class TrainStep:
     def __init__(
         self,
         config: Config,
+        parts: Parts,
         data: DataSet,
         model: nn.Module,
         optimizer: AcceleratedOptimizer,
         accelerator: Accelerator,
-        length: Length,
     ) -> None:
         self.config, self.data, self.model, self.accelerator = config, data, model, accelerator
-        self.steps_per_epoch = length.steps_per_epoch
+        self.loss, self.augment = parts.objective.loss, parts.augment
+        self.steps_per_epoch = parts.length.steps_per_epoch
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.train_loss = GlobalMean()
         # Accelerate looks for optional packages at each call of backward() and zero_grad(): 0.2 ms a step, and all they
@@ -75,7 +75,7 @@ class TrainStep:
             last = place == micro_batches - 1
             if begin < end or last:
                 with nullcontext() if last else self.accelerator.no_sync(self.model):
-                    self._add_gradient(indices[begin:end], batch_size, step)
+                    self._add_gradient(indices[begin:end], batch_size, step, place)
         if section.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), section.max_grad_norm)
         self._optimizer.step()
@@ -98,7 +98,7 @@ class TrainStep:
         """Forget the losses: a validation has recorded them."""
         self._losses = []
 
-    def _add_gradient(self, indices: Tensor, batch_size: int, step: int) -> None:
+    def _add_gradient(self, indices: Tensor, batch_size: int, step: int, place: int) -> None:
         """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
 
         A rank whose slice is empty joins the gradient exchange with samples of weight zero. BatchNorm cannot compute
@@ -108,8 +108,9 @@ class TrainStep:
         if real < self._min_samples:
             filler = self._epoch_order(step)[: self._min_samples - real]
             indices = torch.cat([indices, filler])
-        images = self.data.normalize(self.data.train.images[indices])
-        losses = functional.cross_entropy(self.model(images), self.data.train.labels[indices], reduction="none")
+        seed = (self.config.run.seed, step, self.rank, place)
+        images = self.data.normalize(self.augment(self.data.train.images[indices], *seed))
+        losses = self.loss(self.model(images), self.data.train.labels[indices])
         self.train_loss.update(losses.detach()[:real])
         total = losses[:real].sum()
         self._losses.append((step, real, total.detach()))

@@ -30,7 +30,7 @@ from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.step import TrainStep
-from distplateau.training.validation import measure, metric_names, sync_buffers
+from distplateau.training.validation import measure, sync_buffers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -69,7 +69,11 @@ def train(config: Config, *, override: bool = False) -> Path:
     InputError
         For anything wrong in the configuration; before there is a process group.
     """
-    parts = prepare_parts(config)
+    return train_parts(config, prepare_parts(config), override=override)
+
+
+def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path:
+    """Train what was built already; see `train`. Every rank calls it."""
     check_run_folder(config, override=override)
     accelerator = start_accelerator(
         config.training.precision,
@@ -119,8 +123,9 @@ class Trainer:
         self.checkpoints = CheckpointFolder(config.run_dir, config.checkpoint.keep)
         self.validate_every = interval_in_steps(config.training.validate_every, parts.length.steps_per_epoch)
         self.checkpoint_every = interval_in_steps(config.checkpoint.every, parts.length.steps_per_epoch)
-        self.train_step = TrainStep(config, self.data, self.model, self.optimizer, accelerator, parts.length)
-        self.metrics = {name: GlobalMean() for name in metric_names(parts.data.num_classes)}
+        self.objective = parts.objective
+        self.train_step = TrainStep(config, parts, self.data, self.model, self.optimizer, accelerator)
+        self.metrics = {name: GlobalMean() for name in parts.metrics}
         self._clock = _Clock()
 
     def run(self) -> None:
@@ -182,9 +187,8 @@ class Trainer:
         sync_buffers(self.network, self.config.training.sync_batchnorm_stats)
         if self.average:
             self.average.copy_buffers()
-        measure(
-            self.accelerator, self._validated, self.data, "validation", self.config.data.eval_batch_size, self.metrics
-        )
+        batch_size = self.config.data.eval_batch_size
+        measure(self.accelerator, self._validated, self.data, "validation", batch_size, self.objective, self.metrics)
         monitored = self.metrics[self.config.schedule.monitor]
         others = [metric for metric in self.metrics.values() if metric is not monitored]
         consultation = self.scheduler.consult(monitored, also=[*others, self.train_step.train_loss])
@@ -361,7 +365,7 @@ class Trainer:
                 "steps_per_epoch": self.length.steps_per_epoch,
             },
             "lrs": self.scheduler.state.lrs,
-            "image_shape": self.data.image_shape,
+            "image_shape": tuple(self.data.train.images.shape[1:]),
             "num_classes": self.data.num_classes,
             "classes": self.data.classes,
             "samples": {

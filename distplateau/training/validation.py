@@ -7,21 +7,27 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 
 from distplateau.training.data import DataSet, deal_batches
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accelerate import Accelerator
 
     from distplateau.lockstep.metric import GlobalMean
+    from distplateau.training.objective import Objective
 
-_TOP_K = 5
 
-
-def metric_names(num_classes: int) -> tuple[str, ...]:
-    """Return what a validation measures."""
-    return ("val/loss", "val/accuracy", "val/top5") if num_classes > _TOP_K else ("val/loss", "val/accuracy")
+def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tuple[str, ...]:
+    """Return what a validation measures, by running two samples through the network; they leave no trace in it."""
+    was_training = network.training
+    network.eval()
+    with torch.no_grad():
+        outputs = network(data.normalize(data.validation.images[:2])).float()
+        names = tuple(objective.metrics(outputs, data.validation.labels[:2]))
+    network.train(was_training)
+    return names
 
 
 def measure(
@@ -30,7 +36,8 @@ def measure(
     data: DataSet,
     split: str,
     batch_size: int,
-    metrics: dict[str, GlobalMean],
+    objective: Objective,
+    metrics: Mapping[str, GlobalMean],
 ) -> None:
     """Add this rank's share of a split to the metrics. No communication; every sample is on exactly one rank.
 
@@ -42,12 +49,9 @@ def measure(
     samples = getattr(data, split)
     with torch.inference_mode():
         for begin, end in deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes):
-            logits = network(data.normalize(samples.images[begin:end])).float()
-            labels = samples.labels[begin:end]
-            metrics["val/loss"].update(functional.cross_entropy(logits, labels, reduction="none"))
-            metrics["val/accuracy"].update(logits.argmax(1) == labels)
-            if "val/top5" in metrics:
-                metrics["val/top5"].update((logits.topk(_TOP_K).indices == labels[:, None]).any(1))
+            outputs = network(data.normalize(samples.images[begin:end])).float()
+            for name, values in objective.metrics(outputs, samples.labels[begin:end]).items():
+                metrics[name].update(values)
     network.train(was_training)
 
 

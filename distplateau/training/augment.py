@@ -1,0 +1,139 @@
+"""Augmentation of whole batches on their device, with randomness per sample.
+
+torchvision's v2 transforms draw one set of parameters for a batch; these draw one for each sample. The random numbers
+come from the CPU and from a seed alone: the same on every device, and again after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from distplateau.errors import InputError, closest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+
+@dataclass(frozen=True)
+class Augment:
+    """What is done to a batch of images, one operation after the other. Without any it returns them as they are."""
+
+    operations: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = ()
+
+    def __call__(self, images: Tensor, *seed: int) -> Tensor:
+        """Return the images augmented: a pure function of the arguments, nothing waits for the device.
+
+        Parameters
+        ----------
+        images
+            [n, channels, height, width] of any dtype; not changed.
+        seed
+            Such as (seed, step, shard).
+        """
+        if not self.operations or not len(images):
+            return images
+        mixed = hashlib.blake2b(repr(("augment", *seed)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
+        for operation in self.operations:
+            images = operation(images, generator)
+        return images
+
+
+def build_augment(specs: Sequence[str | Mapping[str, Any]]) -> Augment:
+    """Make the operations that a configuration lists, by name or as a table with a name and settings.
+
+    ``flip`` (``p``), ``crop`` (``padding``, ``mode``), ``erase`` (``p``, ``size``, a share of the side).
+
+    Raises
+    ------
+    InputError
+        For a name or setting that does not exist or a value out of range, with ``data.augment.N``.
+    """
+    return Augment(tuple(_build(f"data.augment.{place}", spec) for place, spec in enumerate(specs)))
+
+
+def _build(key: str, spec: str | Mapping[str, Any]) -> Callable[[Tensor, torch.Generator], Tensor]:
+    args = {} if isinstance(spec, str) else dict(spec)
+    name = spec if isinstance(spec, str) else args.pop("name", None)
+    if name not in _OPERATIONS:
+        raise InputError(key, "there is no such augmentation", closest(str(name), _OPERATIONS), value=name)
+    operation, settings = _OPERATIONS[name]
+    for setting, value in args.items():
+        if setting not in settings:
+            raise InputError(f"{key}.{setting}", f"unknown setting of {name}", closest(setting, settings), value=value)
+        problem = _CHECKS[setting](value)
+        if problem:
+            raise InputError(f"{key}.{setting}", problem, f"the default is {settings[setting]!r}", value=value)
+    return partial(operation, **{**settings, **args})
+
+
+def _flip(images: Tensor, generator: torch.Generator, *, p: float) -> Tensor:
+    chosen = torch.rand(len(images), generator=generator) < p
+    return torch.where(_onto(chosen, images).view(-1, 1, 1, 1), images.flip(3), images)
+
+
+def _crop(images: Tensor, generator: torch.Generator, *, padding: int, mode: str) -> Tensor:
+    """Move each image by up to `padding` pixels in both directions; the border is mirrored or zero."""
+    count, _, height, width = images.shape
+    offsets = _onto(torch.randint(-padding, padding + 1, (count, 2), generator=generator), images)
+    rows = torch.arange(height, device=images.device) + offsets[:, :1]
+    columns = torch.arange(width, device=images.device) + offsets[:, 1:]
+    inside = ((rows >= 0) & (rows < height))[:, None, :, None] & ((columns >= 0) & (columns < width))[:, None, None, :]
+    rows, columns = _mirror(rows, height), _mirror(columns, width)
+    places = (rows[:, :, None] * width + columns[:, None, :]).view(count, 1, -1).expand(-1, images.shape[1], -1)
+    moved = images.flatten(2).gather(2, places).view(images.shape)
+    return moved if mode == "reflect" else moved * inside
+
+
+def _erase(images: Tensor, generator: torch.Generator, *, p: float, size: float) -> Tensor:
+    """Set a square to zero in each chosen image: its side is `size` times that of the image, part may lie outside."""
+    count, _, height, width = images.shape
+    centre = torch.rand(count, 2, generator=generator) * torch.tensor([height, width])
+    chosen = torch.rand(count, generator=generator) < p
+    centre, chosen = _onto(centre, images), _onto(chosen, images)
+    rows = (torch.arange(height, device=images.device) + 0.5 - centre[:, :1]).abs() * 2 < size * height
+    columns = (torch.arange(width, device=images.device) + 0.5 - centre[:, 1:]).abs() * 2 < size * width
+    erased = rows[:, :, None] & columns[:, None, :] & chosen[:, None, None]
+    return images.masked_fill(erased[:, None], 0)
+
+
+def _mirror(places: Tensor, size: int) -> Tensor:
+    """Fold coordinates beyond the border back inside, without repeating the border itself."""
+    period = max(1, 2 * size - 2)
+    folded = places.remainder(period)
+    return torch.minimum(folded, period - folded) if size > 1 else torch.zeros_like(places)
+
+
+def _onto(values: Tensor, images: Tensor) -> Tensor:
+    if images.device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(images.device, non_blocking=True)
+
+
+def _check_share(value: Any) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return "" if number and 0 <= value <= 1 else "must lie between 0 and 1"
+
+
+def _check_padding(value: Any) -> str:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return "" if whole and value > 0 else "must be a whole number above 0"
+
+
+_CHECKS: dict[str, Callable[[Any], str]] = {
+    "p": _check_share,
+    "size": _check_share,
+    "padding": _check_padding,
+    "mode": lambda value: "" if value in {"reflect", "zero"} else "must be 'reflect' or 'zero'",
+}
+_OPERATIONS: dict[Any, tuple[Callable[..., Tensor], dict[str, Any]]] = {
+    "flip": (_flip, {"p": 0.5}),
+    "crop": (_crop, {"padding": 4, "mode": "reflect"}),
+    "erase": (_erase, {"p": 0.5, "size": 0.5}),
+}

@@ -1,0 +1,88 @@
+"""Losses by name, one value per sample: the mean over a global batch is made of them, whatever the ranks' shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from distplateau.errors import InputError, closest
+from distplateau.training.imports import check_arguments, import_function
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+"""From outputs [n, ...] and targets [n, ...] to one value per sample, [n]."""
+
+_ARGUMENTS = {"cross_entropy": ("label_smoothing",), "mse": (), "bce": ()}
+
+
+def build_loss(name: str, args: Mapping[str, Any]) -> Loss:
+    """Make a loss by its name, or from ``package.module:function`` with keyword arguments.
+
+    ``cross_entropy`` takes class labels and ``label_smoothing``; ``mse`` and ``bce`` (on logits) compare each output
+    with a target, or with the one-hot vector of a class label, and take the mean over a sample's outputs.
+
+    Raises
+    ------
+    InputError
+        For a name or an argument that does not exist, or a smoothing outside 0 .. 1.
+    """
+    if ":" in name:
+        function = import_function("training.loss", name)
+        check_arguments("training.loss_args", name, function, args, provided=_first_two(function))
+        return per_sample(partial(function, **args), name)
+    if name not in _ARGUMENTS:
+        fix = closest(name, [*_ARGUMENTS, "package.module:function"])
+        raise InputError("training.loss", "there is no such loss", fix, value=name)
+    for key, value in args.items():
+        if key not in _ARGUMENTS[name]:
+            fix = closest(key, _ARGUMENTS[name]) if _ARGUMENTS[name] else f"{name} takes none"
+            raise InputError(f"training.loss_args.{key}", f"unknown argument of {name}", fix, value=value)
+    if name == "cross_entropy":
+        smoothing = args.get("label_smoothing", 0.0)
+        if isinstance(smoothing, bool) or not isinstance(smoothing, int | float) or not 0 <= smoothing < 1:
+            raise InputError(
+                "training.loss_args.label_smoothing", "must lie in [0, 1)", "use a number like 0.1", value=smoothing
+            )
+        return partial(functional.cross_entropy, reduction="none", label_smoothing=float(smoothing))
+    return partial(_elementwise, functional.mse_loss if name == "mse" else functional.binary_cross_entropy_with_logits)
+
+
+def per_sample(function: Callable[[Tensor, Tensor], Any], name: str) -> Loss:
+    """Check at each call that a user's loss gives one value per sample; a mean could not be weighted by samples."""
+
+    def checked(outputs: Tensor, targets: Tensor) -> Tensor:
+        losses = function(outputs, targets)
+        if not isinstance(losses, Tensor) or losses.shape != (len(outputs),):
+            got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                "training.loss",
+                f"gave {got} for {len(outputs)} samples",
+                "return one value per sample, [n] (reduction='none')",
+                value=name,
+            )
+        return losses
+
+    return checked
+
+
+def _first_two(function: Callable[..., Any]) -> tuple[str, ...]:
+    import inspect
+
+    try:
+        return tuple(inspect.signature(function).parameters)[:2]
+    except (TypeError, ValueError):
+        return ()
+
+
+def _elementwise(function: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    if not targets.is_floating_point():
+        targets = functional.one_hot(targets, outputs.shape[1])
+    losses = function(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none")
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else torch.as_tensor(losses)
