@@ -42,9 +42,14 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.config import load_config
 
     config = load_config(options.config, _overrides(rest))
+    from distplateau.training.interruption import Interrupted
     from distplateau.training.trainer import train
 
-    run_dir = train(config, override=options.resume == "override")
+    try:
+        run_dir = train(config, override=options.resume == "override")
+    except Interrupted as stop:
+        _print_once(f"interrupted by {stop.reason} after step {stop.step}; the same command goes on from there")
+        return INTERRUPTED
     if _is_first_rank():
         _write_report(run_dir)
     return DONE

@@ -313,8 +313,8 @@ def dotted_keys() -> dict[str, str]:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            return tomllib.load(file)
+        # Windows editors put a byte order mark in front.
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(str(path), "there is no such file", "give the path of a run's TOML file") from None
     except (OSError, UnicodeDecodeError) as error:

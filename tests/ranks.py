@@ -168,6 +168,8 @@ def _call(task: bytes, rank: int, ranks: int, store: str) -> tuple[bytes, str]:
         torch.set_num_threads(1)
         function, args = pickle.loads(task)
         dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)
+        # A function that does not communicate would take the group down while another rank still connects.
+        dist.barrier()
         return pickle.dumps(function(rank, *args)), ""
     except BaseException:  # pytest.fail and SystemExit are answers, too
         return b"", traceback.format_exc()

@@ -165,6 +165,10 @@ class ExactSum:
             if self._pending_count >= _BLOCK:
                 self._flush()
 
+    def absorb(self, partial: Partial) -> None:
+        """Add a sum that was made elsewhere, or before an interruption."""
+        self._folded += partial
+
     def partial(self) -> Partial:
         """Return the exact sum so far. Waits for the device."""
         self._flush()

@@ -77,6 +77,12 @@ class GlobalMean:
             values = values[:keep]
         self._sum.add(values, weights)
 
+    def absorb(self, partial: Partial) -> None:
+        """Add what `partial` gave before an interruption: on one rank, if it was summed over all of them."""
+        if self._settled is not None:
+            self.reset()
+        self._sum.absorb(partial)
+
     def compute(self) -> float:
         """Return the global mean. Collective: every rank calls it, unless a `step` or `compute` came since the update.
 

@@ -21,17 +21,18 @@ import torch
 from distplateau.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
 FORMAT = 1
-_MODEL, _OPTIMIZER, _STATE, _BEST, _AVERAGE, _MANIFEST = (
+_MODEL, _OPTIMIZER, _STATE, _BEST, _AVERAGE, _BUFFERS, _MANIFEST = (
     "model.safetensors",
     "optimizer.pt",
     "state.json",
     "best.safetensors",
     "average.safetensors",
+    "buffers.safetensors",
     "manifest.json",
 )
 
@@ -50,6 +51,8 @@ class Checkpoint:
         Plain values: scheduler, position, best so far, gradient scaler, tracking id.
     average
         State dict of the moving average of the weights, where there is one.
+    buffers
+        In the middle of an epoch: the buffers of each rank, which hold BatchNorm statistics of its own samples.
     path
         Where it was read from; None before it is saved.
     """
@@ -58,6 +61,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     state: dict[str, Any]
     average: Mapping[str, Tensor] | None = None
+    buffers: Sequence[Mapping[str, Tensor]] = ()
     path: Path | None = None
 
     def best_weights(self) -> dict[str, Tensor]:
@@ -145,6 +149,9 @@ class CheckpointFolder:
         safetensors.torch.save_file(_contiguous(checkpoint.model), folder / _MODEL)
         if checkpoint.average is not None:
             safetensors.torch.save_file(_contiguous(checkpoint.average), folder / _AVERAGE)
+        if checkpoint.buffers:
+            by_rank = {f"{rank}/{name}": b for rank, held in enumerate(checkpoint.buffers) for name, b in held.items()}
+            safetensors.torch.save_file(_contiguous(by_rank), folder / _BUFFERS)
         torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
         state = {"format": FORMAT, **checkpoint.state}
         (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -188,6 +195,7 @@ def _read(path: Path) -> Checkpoint:
             raise _DamagedError(f"it has format {state.get('format')!r}, this version reads {FORMAT}")
         model = safetensors.torch.load_file(path / _MODEL)
         average = safetensors.torch.load_file(path / _AVERAGE) if _AVERAGE in manifest else None
+        buffers = _by_rank(safetensors.torch.load_file(path / _BUFFERS)) if _BUFFERS in manifest else []
         optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
     except _DamagedError:
         raise
@@ -195,7 +203,15 @@ def _read(path: Path) -> Checkpoint:
         raise _DamagedError(f"{Path(error.filename or '').name} is missing") from error
     except Exception as error:  # whatever a reader says of foreign bytes
         raise _DamagedError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return Checkpoint(model, optimizer, state, average, path)
+    return Checkpoint(model, optimizer, state, average, buffers, path)
+
+
+def _by_rank(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+    ranks: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        rank, _, name = key.partition("/")
+        ranks.setdefault(int(rank), {})[name] = tensor
+    return [ranks[rank] for rank in sorted(ranks)]
 
 
 def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distplateau.errors import InputError, closest
-from distplateau.training.imports import check_arguments, import_function
+from distplateau.training.imports import check_arguments, import_function, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -58,7 +58,13 @@ def per_sample(function: Callable[[Tensor, Tensor], Any], name: str) -> Loss:
     """Check at each call that a user's loss gives one value per sample; a mean could not be weighted by samples."""
 
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
-        losses = function(outputs, targets)
+        try:
+            losses = function(outputs, targets)
+        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+            if "out of memory" in str(error):
+                raise
+            problem = f"it raised {type(error).__name__}: {short(error)}"
+            raise InputError("training.loss", problem, "mend the function", value=name) from error
         if not isinstance(losses, Tensor) or losses.shape != (len(outputs),):
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise InputError(

@@ -215,7 +215,7 @@ def _from_function(section: ModelSection, image_shape: ImageShape, num_classes: 
     context = {key: value for key, value in offered.items() if key in parameters or takes_any(parameters)}
     try:
         model = function(**context, **section.args)
-    except Exception as error:  # the user's code
+    except (Exception, SystemExit) as error:  # the user's code
         problem = f"it raised {type(error).__name__}: {short(error)}"
         raise InputError("model.name", problem, "mend the function", value=section.name) from error
     if not isinstance(model, nn.Module):

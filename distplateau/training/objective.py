@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from distplateau.errors import InputError
-from distplateau.training.imports import import_function
+from distplateau.training.imports import import_function, short
 from distplateau.training.losses import build_loss
 
 if TYPE_CHECKING:
@@ -78,7 +78,11 @@ class Objective:
 
     def _own(self, outputs: Tensor, targets: Tensor) -> list[tuple[str, Tensor]]:
         assert self.further is not None
-        values = self.further(outputs, targets)
+        try:
+            values = self.further(outputs, targets)
+        except Exception as error:  # whatever the user's function raises
+            problem = f"the function raised {type(error).__name__}: {short(error)}"
+            raise InputError("training.metrics", problem, "mend the function") from error
         if not isinstance(values, dict):
             raise InputError(
                 "training.metrics",

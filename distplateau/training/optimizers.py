@@ -59,8 +59,9 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
         )
     if "fused" in accepted and not {"fused", "foreach", "differentiable"} & set(args):
         args["fused"] = all(p.is_floating_point() for p in model.parameters())
+    groups = parameter_groups(section, model)
     try:
-        return kind(parameter_groups(section, model), lr=section.lr, **args)  # pyright: ignore[reportCallIssue]
+        return kind(groups, lr=section.lr, **args)  # pyright: ignore[reportCallIssue]
     except (ValueError, TypeError, RuntimeError) as error:
         raise InputError("optimizer", f"{section.name} refuses its settings ({error})", "mend that setting") from None
 

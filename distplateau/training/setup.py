@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,7 +110,10 @@ def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: s
     except InputError:
         raise
     except ValueError as error:
-        raise InputError("schedule", str(error), "mend that setting of [schedule]") from None
+        setting = re.match(r"\w*", str(error))
+        known = setting is not None and setting[0] in PlateauRule.__slots__
+        where = f"schedule.{setting[0]}" if setting and known else "schedule"
+        raise InputError(where, str(error), "mend that setting") from None
 
 
 def _check_precision(config: Config) -> None:

@@ -82,6 +82,23 @@ class TrainStep:
         self._optimizer.zero_grad()
         return batch_size
 
+    def settle_buckets(self) -> None:
+        """Run forward and backward twice for nothing. Every rank calls it, before the first step and after a resume.
+
+        DDP arranges its gradients in other buckets after the first backward pass, and with three or more ranks the
+        arrangement decides in which order gradients are added. Without this the first step of a resumed run would
+        differ in the last bits from that of a run that went on. Weights, buffers and gradients are left as they were.
+        """
+        if self.world_size == 1:
+            return
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        for _ in range(2):
+            images = self.data.normalize(self.data.train.images[: self._min_samples])
+            (self.model(images).sum() * 0.0).backward()
+        for buffer, held in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(held)
+        self._optimizer.zero_grad()
+
     def last_loss(self) -> float:
         """Return the mean loss of this rank's last micro-batch. Waits for the device."""
         _, samples, total = self._losses[-1] if self._losses else (0, 0, None)

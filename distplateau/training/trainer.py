@@ -11,8 +11,8 @@ import platform
 import socket
 import time
 import warnings
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
@@ -20,12 +20,15 @@ from torch import Tensor
 
 import distplateau
 from distplateau.config import Config, dump_config, interval_in_steps
+from distplateau.lockstep import consensus
+from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
+from distplateau.training.interruption import Interrupted, Interruption
 from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
@@ -33,6 +36,7 @@ from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, sync_buffers
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -139,18 +143,20 @@ class Trainer:
             done_steps=self.step,
             steps_per_epoch=self.length.steps_per_epoch,
         )
-        with progress:
+        with progress, Interruption() as interruption:
             self._announce(progress, resumed)
             try:
-                self._loop(progress)
+                self._loop(progress, interruption)
                 self._finish(progress)
             finally:
                 if self.main:
                     self.mirror.finish()
 
-    def _loop(self, progress: ProgressReport) -> None:
+    def _loop(self, progress: ProgressReport, interruption: Interruption) -> None:
         self._clock.restart()
         self.model.train()
+        if self._end() is None:
+            self.train_step.settle_buckets()
         saved_at = self.step
         while self._end() is None:
             self._clock.samples += self.train_step(self.step)
@@ -167,6 +173,20 @@ class Trainer:
                     self._save()
                 self._clock.restart()
                 self.train_step.restart()
+            reason = interruption.agreed()
+            if reason is not None and self._end() is None:
+                self._interrupt(reason)
+
+    def _interrupt(self, reason: str) -> NoReturn:
+        """Save in the middle of an epoch, so that the run goes on with the same bits, and leave. Collective."""
+        label = f"the interruption at step {self.step}"
+        sums = consensus.exchange([self.train_step.train_loss.partial()], consensus.Fingerprint(), label=label)
+        own = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
+        self._save(train_loss=sums.partials[0], buffers=gather_object([own]) if own else ())
+        if self.main:
+            epoch = self.step / self.length.steps_per_epoch
+            self.ledger.append("interrupted", reason=reason, step=self.step, epoch=epoch)
+        raise Interrupted(reason, self.step)
 
     def _end(self) -> str | None:
         """Return why the run is at its end, None while it is not. The same on every rank, also after a resume."""
@@ -281,8 +301,16 @@ class Trainer:
         }
         save_weights(self.config.run_dir / "model.safetensors", self._validated.state_dict(), metadata)
 
-    def _save(self) -> None:
-        """Save after the decision, so that an observation is never lost or made twice."""
+    def _save(self, train_loss: Partial | None = None, buffers: Sequence[Mapping[str, Tensor]] = ()) -> None:
+        """Save after the decision, so that an observation is never lost or made twice.
+
+        Parameters
+        ----------
+        train_loss
+            Sum over all ranks since the last validation, in the middle of an epoch.
+        buffers
+            Those of each rank, in the middle of an epoch.
+        """
         if not self.main:
             return
         scaler = self.accelerator.scaler
@@ -294,10 +322,11 @@ class Trainer:
             "reductions": self.reductions,
             "run_id": self.run_id,
             "scaler": None if scaler is None else scaler.state_dict(),
+            "train_loss": None if train_loss is None else asdict(train_loss),
         }
         optimizer = self.optimizer.state_dict()
         average = self.average.network.state_dict() if self.average else None
-        checkpoint = Checkpoint(self.network.state_dict(), optimizer, _plain_infinities(state), average)
+        checkpoint = Checkpoint(self.network.state_dict(), optimizer, _plain_infinities(state), average, buffers)
         self.checkpoints.save(checkpoint, self.step)
         self.mirror.catch_up()
 
@@ -310,6 +339,10 @@ class Trainer:
             return None
         state = _real_infinities(checkpoint.state)
         self.network.load_state_dict(dict(checkpoint.model))
+        if len(checkpoint.buffers) == self.world_size:
+            self.network.load_state_dict(dict(checkpoint.buffers[self.rank]), strict=False)
+        if state.get("train_loss") and self.main:
+            self.train_step.train_loss.absorb(Partial(**state["train_loss"]))
         if self.average:
             self.average.network.load_state_dict(dict(checkpoint.average or checkpoint.model))
         if self.config.schedule.restore_best:

@@ -23,7 +23,8 @@ def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tup
     """Return what a validation measures, by running two samples through the network; they leave no trace in it."""
     was_training = network.training
     network.eval()
-    with torch.no_grad():
+    # A model may draw random numbers even in evaluation mode; those of the run do not depend on this trial.
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         outputs = network(data.normalize(data.validation.images[:2])).float()
         names = tuple(objective.metrics(outputs, data.validation.labels[:2]))
     network.train(was_training)

@@ -1,0 +1,118 @@
+"""Stopping in an orderly way: a signal to any rank, one step boundary for all of them.
+
+A signal handler may not communicate, and the ranks are at different steps when a signal comes. So it only sets a flag.
+Every few steps the ranks add their flags up on a gloo group of their own, without waiting: the sum is read as many
+steps later, when it has long arrived, and it is the same on every rank, so that all of them stop after the same step.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from typing import TYPE_CHECKING, cast
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+RESUMABLE = 75
+# Issuing a vote costs 0.2 ms. Two rounds pass between a signal and the stop.
+_ROUND_SECONDS = 1.0
+_MEASURED_STEPS = 10
+
+
+class Interrupted(SystemExit):
+    """Training has stopped at a signal and can be continued; uncaught, the process exits with code 75.
+
+    Parameters
+    ----------
+    reason
+        Name of the signal, such as ``SIGTERM``.
+    step
+        Optimizer steps that were made and saved.
+    """
+
+    def __init__(self, reason: str, step: int) -> None:
+        super().__init__(RESUMABLE)
+        self.reason, self.step = reason, step
+
+
+class Interruption:
+    """A context that catches signals, and the vote on them.
+
+    Notes
+    -----
+    Every rank makes one, enters it and calls `agreed` after each of the same steps. A second SIGINT is not caught: it
+    raises KeyboardInterrupt at once. The handlers that were there before are put back at the end.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._before: dict[int, object] = {}
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if several else None
+        self._vote: tuple[dist.Work, torch.Tensor] | None = None
+        self._interval, self._measured = 1, False
+        self._steps = 0
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Interruption:
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        except ValueError:  # not in the main thread: whoever runs us there takes care of signals
+            self._before = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        if self._vote is not None and error is None:
+            self._vote[0].wait()
+        if self._group is not None and error is None:
+            dist.destroy_process_group(self._group)
+
+    def agreed(self) -> str | None:
+        """Return the name of the signal if the ranks agree to stop after this step, else None. Collective in effect.
+
+        Waits for nothing but a vote that was issued some steps before; with one rank there is no vote.
+        """
+        if self._group is None:
+            return None if self.received is None else self.received.name
+        self._steps += 1
+        if self._steps % self._interval:
+            return None
+        numbers = self._count_votes()
+        if self._steps == _MEASURED_STEPS and not self._measured:
+            self._agree_on_interval()
+        flag = 0 if self.received is None else int(self.received)
+        votes = torch.tensor([flag], dtype=torch.int64)
+        work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        assert work is not None
+        self._vote = work, votes
+        return signal.Signals(numbers).name if numbers else None
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def _count_votes(self) -> int:
+        """Return the largest signal number of the vote before, 0 for none."""
+        if self._vote is None:
+            return 0
+        work, votes = self._vote
+        work.wait()
+        self._vote = None
+        return int(votes)
+
+    def _agree_on_interval(self) -> None:
+        """Take the number of steps in a round from the first rank's clock; the steps are all alike."""
+        step_seconds = (time.monotonic() - self._began) / _MEASURED_STEPS
+        interval = torch.tensor([max(1, min(1_000, int(_ROUND_SECONDS / max(step_seconds, 1e-6))))])
+        dist.broadcast(interval, src=0, group=self._group)
+        self._interval, self._measured, self._steps = int(interval), True, 0

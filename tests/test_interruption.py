@@ -1,0 +1,189 @@
+"""Interruption: a signal to any rank, the same step boundary on all of them, and the same bits after a resume."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from distplateau.record.ledger import read_ledger
+from distplateau.training import interruption
+from distplateau.training.interruption import SIGNALS, Interrupted, Interruption
+from distplateau.training.step import TrainStep
+from distplateau.training.trainer import Trainer
+from ranks import run_ranks
+from test_trainer import _train, make_config, same_tensors
+
+KEYS = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad", "digest", "train_loss")
+
+
+def trace(folder):
+    return [[event[key] for key in KEYS] for event in read_ledger(folder / "run").validations]
+
+
+def _signalled(rank, config, step, victims, number, settle=True):
+    """Train; the ranks in `victims` get a signal after that step. Return the exit code or the final weights."""
+    interruption._ROUND_SECONDS = 0.0  # these runs take less than a second
+    call, settle_buckets = TrainStep.__call__, TrainStep.settle_buckets
+
+    def watched(self, at):
+        result = call(self, at)
+        if rank in victims and at + 1 == step + victims.index(rank):
+            os.kill(os.getpid(), number)
+        return result
+
+    TrainStep.__call__ = watched
+    if not settle:
+        TrainStep.settle_buckets = lambda self: None
+    before = [signal.getsignal(n) for n in SIGNALS]
+    try:
+        result = _train(rank, config)[1]
+    except Interrupted as stop:
+        result = stop.code, stop.reason, stop.step
+    finally:
+        TrainStep.__call__, TrainStep.settle_buckets = call, settle_buckets
+        interruption._ROUND_SECONDS = 1.0
+    assert [signal.getsignal(n) for n in SIGNALS] == before
+    return result
+
+
+SECTIONS = {
+    "model": {"args": {"hidden": [32], "dropout": 0.2}},
+    "data": {"augment": ["flip"]},
+    "training": {"epochs": 4, "ema": 0.9},
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path, ranks):
+    whole = run_ranks(_train, ranks, make_config(tmp_path / "whole", **SECTIONS))
+    config = make_config(tmp_path / "cut", **SECTIONS)
+    seen = []
+    for step, victims, number in (
+        (5, [ranks - 1], signal.SIGTERM),
+        (25, [0], signal.SIGUSR2),
+        (44, list(range(ranks)), signal.SIGUSR1),  # each rank one step later than the one before
+    ):
+        results = run_ranks(_signalled, ranks, config, step, victims, number)
+        assert len(set(results)) == 1, results  # all of them, after the same step
+        code, reason, at = results[0]
+        assert (code, reason) == (75, number.name)
+        seen.append(at)
+    resumed = run_ranks(_train, ranks, config)
+    for rank in range(ranks):
+        assert same_tensors(resumed[rank][1], whole[rank][1])
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+    events = [(e["event"], e.get("step")) for e in read_ledger(tmp_path / "cut" / "run").events]
+    assert [step for event, step in events if event == "interrupted"] == seen
+    assert [step for event, step in events if event == "resumed"] == seen
+
+
+def test_without_settled_buckets_three_ranks_would_differ(tmp_path):
+    """Negative control: DDP adds gradients in another order after its first backward pass."""
+    sections = {"model": {"args": {"hidden": [700, 700]}}, "training": {"epochs": 1}, "optimizer": {"lr": 0.1}}
+    for settle in (True, False):
+        whole = run_ranks(_signalled, 3, make_config(tmp_path / f"whole-{settle}", **sections), 0, [], 0, settle)
+        config = make_config(tmp_path / f"cut-{settle}", **sections)
+        assert run_ranks(_signalled, 3, config, 8, [1], signal.SIGTERM, settle)[0][0] == 75
+        resumed = run_ranks(_signalled, 3, config, 0, [], 0, settle)
+        assert same_tensors(resumed[0], whole[0]) == settle
+
+
+def test_batchnorm_statistics_of_each_rank_survive(tmp_path):
+    sections = {
+        "data": {"validation_size": 1300, "global_batch_size": 16},
+        "model": {"name": "resnet18", "args": {}},
+        "training": {"epochs": 1, "validate_every": "4 steps"},
+    }
+    whole = run_ranks(_train, 2, make_config(tmp_path / "whole", **sections))
+    config = make_config(tmp_path / "cut", **sections)
+    assert run_ranks(_signalled, 2, config, 2, [0], signal.SIGTERM)[0][0] == 75
+    resumed = run_ranks(_train, 2, config)
+    assert same_tensors(resumed[0][1], whole[0][1])
+    assert trace(tmp_path / "cut") == trace(tmp_path / "whole")
+
+
+def _other_ranks(rank, config, step):
+    return _signalled(rank, config, step, [0], signal.SIGTERM)
+
+
+def test_other_ranks_go_on_in_the_middle_of_an_epoch(tmp_path):
+    """2 -> 1 -> 4: every validation once, over the same samples, and each training sample once an epoch."""
+    config = make_config(tmp_path, training={"epochs": 3})
+    steps = [run_ranks(_other_ranks, ranks, config, step)[0][2] for ranks, step in ((2, 7), (1, 20))]
+    results = run_ranks(_train, 4, config)
+    assert all(same_tensors(weights, results[0][1]) for _, weights in results)
+    history = read_ledger(tmp_path / "run")
+    assert [event["validation"] for event in history.validations] == [1, 2, 3]
+    assert [event["step"] for event in history.validations] == [22, 44, 66]
+    assert [event["step"] for event in history.events if event["event"] == "resumed"] == steps
+
+
+def _cost(rank, steps):
+    with Interruption() as vote:
+        begin = time.perf_counter()
+        for _ in range(steps):
+            time.sleep(0.001)
+            assert vote.agreed() is None
+        return (time.perf_counter() - begin) / steps, vote._interval
+
+
+def test_votes_are_rare(tmp_path):
+    for seconds, interval in run_ranks(_cost, 2, 300):
+        assert interval > 100
+        assert seconds < 0.01
+
+
+def test_a_second_sigint_stops_at_once():
+    with Interruption() as vote:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert vote.agreed() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_sigterm_to_accelerate_launch(tmp_path):
+    """Its agent passes the signal on and gives the workers 30 seconds."""
+    root = Path(__file__).parent.parent
+    (tmp_path / "long.toml").write_text(
+        "[run]\nname = 'long'\n[model.args]\nhidden = [16]\n[training]\nepochs = 3000\n[tracking]\nwandb = 'disabled'\n"
+    )
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "accelerate", "launch", "--config_file", root / "launch/cpu.yaml",
+         "-m", "distplateau", "train", "long.toml"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+    )  # fmt: skip
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith("epoch"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    [event] = [e for e in read_ledger(tmp_path / "runs/long").events if e["event"] == "interrupted"]
+    assert event["reason"] == "SIGTERM"
+    assert f"interrupted by SIGTERM after step {event['step']}; the same command goes on from there" in error
+    assert list((tmp_path / "runs/long/checkpoints").glob(f"step-{event['step']:08d}"))
+
+
+def test_weights_stay_as_they_were_when_buckets_settle(tmp_path):
+    run_ranks(_settle, 2, make_config(tmp_path, model={"name": "resnet18", "args": {}}, data={"validation_size": 1400}))
+
+
+def _settle(rank, config):
+    from accelerate import Accelerator
+
+    from distplateau.training.setup import prepare_parts
+
+    trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.model.train()
+    trainer.train_step.settle_buckets()
+    after = trainer.network.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert all(p.grad is None for p in trainer.network.parameters())
