@@ -24,7 +24,7 @@ DEMO_CONFIG := launch/demo$(if $(filter fashion-mnist,$(DATA)),_fashion_mnist).t
 .PHONY: help demo test lint crash-test bench install clean
 
 help: ## print the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 	@echo 'Variables: DATA=digits|fashion-mnist (demo), PYTHON=python3.12 (makes .venv), PYTEST_ARGS="-k plateau -x",'
 	@echo '           PIP_ARGS="--extra-index-url URL" (a package index of your own, or the one with CPU builds of torch)'
 
