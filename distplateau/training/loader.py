@@ -1,0 +1,739 @@
+"""Data sets that do not fit in memory: worker processes read each batch shortly before it is used.
+
+What a batch holds is a function of its indices and its seed alone. It does not depend on the number of workers, nor on
+the batches before it, so a run resumes at any step without reading what it skips.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import math
+import operator
+import os
+import random
+import signal
+import threading
+import traceback
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
+
+from distplateau.errors import InputError, closest
+from distplateau.training.data import split_validation
+from distplateau.training.imports import check_arguments, import_function, short, signature_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+IMAGE_FOLDER = "image-folder"
+IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
+IMAGENET_STD = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+# Batches that each worker has ready or in work.
+_PREFETCH = 2
+_WATCH_INTERVAL_S = 1.0
+_LAYOUT = "lay it out as train/<class>/*.jpg and test/<class>/*.jpg, or val/<class>/*.jpg"
+_ITEM = "give (tensor [c, h, w] of uint8 or float on the CPU, int label)"
+
+
+class MapStyle(Protocol):
+    """A data set whose samples have numbers: ``dataset[i]`` is (input tensor [c, h, w], int label)."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class _WrongItemError(Exception):
+    """What a data set gave for a sample is not what it should be; the text goes on where 'sample 3' ends."""
+
+
+@dataclass(frozen=True)
+class ItemSpec:
+    """What all samples of a data set have in common.
+
+    Parameters
+    ----------
+    shape
+        Channels, height, width.
+    dtype
+        uint8 or a floating type.
+    num_classes
+        Labels are from 0 to below it.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: torch.dtype
+    num_classes: int
+
+    def check(self, item: Any) -> tuple[Tensor, int]:
+        """Return input and label of a sample that is as it should be."""
+        image, label = _image_and_label(item)
+        if image.shape != self.shape or image.dtype != self.dtype:
+            raise _WrongItemError(
+                f"is {_kind(image)} where others are {str(self.dtype)[6:]} {list(self.shape)}",
+            )
+        if not 0 <= label < self.num_classes:
+            raise _WrongItemError(f"has the label {label}, and there are {self.num_classes} classes")
+        return image, label
+
+    def collate(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
+        """Return [n, c, h, w] and int64 [n], in shared memory if this is a worker. There may be no samples."""
+        labels = torch.tensor([label for _, label in samples], dtype=torch.int64)
+        if not samples:
+            return torch.empty(0, *self.shape, dtype=self.dtype), labels
+        return default_collate([image for image, _ in samples]), labels
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedSplit:
+    """Part of a data set that is read while it is used.
+
+    Parameters
+    ----------
+    dataset
+        Gives the samples. Forked workers have it as it is when an iteration begins: it need not be picklable, and what
+        they change in it is lost. Random numbers must come from python's `random`, ``numpy.random``'s global functions
+        or torch's global generator: a generator of its own is not seeded here.
+    workers
+        Processes that read, for each iteration in progress. With 0 the calling process reads.
+    indices
+        int64, [samples]: the samples of `dataset` that make up this part; all if None.
+    source, part
+        ``data.name`` and the part's name, for errors.
+    """
+
+    dataset: MapStyle
+    spec: ItemSpec
+    workers: int = 0
+    indices: Tensor | None = None
+    source: str = IMAGE_FOLDER
+    part: str = "training"
+
+    def __len__(self) -> int:
+        return len(self.dataset) if self.indices is None else len(self.indices)
+
+    def batches(
+        self, slices: Sequence[Tensor], device: torch.device, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Read batches, some of them ahead. Any rank may call it; no global random state is changed.
+
+        Parameters
+        ----------
+        slices
+            One int64 tensor [n] on the CPU per batch: positions in this split. n may differ and be 0. Looked up one by
+            one as the reading proceeds: a sequence that computes its items can span a whole run, whose workers are
+            then started once.
+        device
+            Where the tensors go; to a GPU from pinned memory, without waiting for the copy.
+        seeds
+            One number per batch: what the random transforms in it follow from. Without, all batches have the same.
+
+        Yields
+        ------
+        tuple of Tensor
+            Inputs [n, c, h, w] of the data set's dtype and labels int64 [n], for each slice in turn.
+
+        Raises
+        ------
+        InputError
+            When its turn has come: a sample that cannot be read or is not like the others, or a worker that died.
+
+        Notes
+        -----
+        Workers are started at the first batch. They end with the iteration, with `close()` of the iterator or when it
+        is dropped, and within about a second after this process was killed.
+        """
+        assert seeds is None or len(seeds) == len(slices), "one seed for each slice"
+        return self._iterate(_Requests(slices, seeds, self.indices), device)
+
+    def _iterate(self, requests: _Requests, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+        iterator = iter(self._loader(requests, pin=device.type == "cuda"))
+        try:
+            for _ in range(len(requests)):
+                inputs, labels = self._next(iterator)
+                yield inputs.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        finally:
+            _shut_down(iterator)
+
+    def _loader(self, requests: _Requests, *, pin: bool) -> DataLoader[Any]:
+        workers = min(self.workers, len(requests))
+        return DataLoader(
+            _BatchReader(self.dataset, self.spec),
+            batch_size=None,  # an item of the reader is a batch
+            sampler=requests,
+            collate_fn=_as_it_is,
+            num_workers=workers,
+            pin_memory=pin,
+            prefetch_factor=_PREFETCH if workers else None,
+            # Not forkserver, the default from Python 3.14 on: a data set of the user's need not be picklable.
+            multiprocessing_context="fork" if workers else None,
+            worker_init_fn=partial(_start_worker, os.getpid()),
+            # Else torch draws from the global one at each start.
+            generator=torch.Generator(),
+        )
+
+    def _next(self, iterator: Iterator[Any]) -> tuple[Tensor, Tensor]:
+        try:
+            batch = next(iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            problem = f"a worker process died ({short(error)})"
+            fix = "use fewer workers, or see that memory and /dev/shm suffice"
+            raise InputError("data.workers", problem, fix, value=self.workers) from None
+        if isinstance(batch, _Failure):
+            batch.throw(self.source, self.part)
+        return batch
+
+
+@dataclass(frozen=True, eq=False)
+class StreamedData:
+    """A data set that is read while it is used.
+
+    Parameters
+    ----------
+    mean, std
+        Per channel, in units of the samples' values: to 255 if they are uint8.
+    """
+
+    name: str
+    train: StreamedSplit
+    validation: StreamedSplit
+    test: StreamedSplit
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return self.train.spec.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.classes)
+
+
+def is_streamed(name: str) -> bool:
+    """Return whether a data set of this name is one that `load_streamed` loads."""
+    return name == IMAGE_FOLDER or ":" in name
+
+
+def check_streamed(name: str, root: Path, args: Mapping[str, Any]) -> None:
+    """Find out that the data set is there and takes these arguments, without listing or reading samples.
+
+    A user's module is imported; its function is not called.
+
+    Raises
+    ------
+    InputError
+        For missing folders, a function that does not exist, or arguments that do not fit.
+    """
+    if name == IMAGE_FOLDER:
+        _folder_args(args)
+        _folders(root.expanduser())
+    else:
+        _user_function(name, args)
+
+
+def load_streamed(
+    name: str, root: Path, args: Mapping[str, Any], validation_size: int | float, seed: int, workers: int
+) -> StreamedData:
+    """Prepare a data set for streaming: list its files or call the user's function, and look at one sample of each part.
+
+    Any rank may call it; no process group is used, and no global random state is changed.
+
+    Parameters
+    ----------
+    name
+        ``image-folder``, or ``package.module:function``: called with the root and `args`, it returns the data sets
+        (train, test) or (train, validation, test). Their items are (tensor [c, h, w] of uint8 or float, int label).
+        An attribute `classes` (or `targets`) of one of them tells the number of classes, `mean` and `std` of the
+        training set the normalization.
+    root
+        ``data.root``. An image folder holds ``train/<class>/*.jpg`` and likewise ``test`` or ``val``; where it has
+        both, ``val`` is the validation set.
+    args
+        ``data.args``. For an image folder: `size` of the square images, `resize` of their shorter side before the
+        central crop that evaluation sees, `scale` (smallest and largest share of the area that a training crop takes)
+        and `flip`.
+    validation_size, seed
+        As for `data.split_validation`; without effect where there is a validation set. What is carved out of an image
+        folder is not augmented; what is carved out of a user's training set has the transforms of that set.
+
+    Raises
+    ------
+    InputError
+        With the dotted key, the value and the fix, for whatever of this is wrong.
+    """
+    root = root.expanduser()
+    if name == IMAGE_FOLDER:
+        found = _load_image_folder(root, args)
+    else:
+        with _repeatable(seed):  # a split that the function draws must be the same on every rank
+            found = _call_function(name, root, args)
+    spec = _common_spec(name, found)
+    mean, std = _normalization(name, found, spec)
+
+    def split(dataset: MapStyle, part: str, indices: Tensor | None = None) -> StreamedSplit:
+        return StreamedSplit(dataset, spec, workers, indices, name, part)
+
+    kept = None
+    validation = found.validation
+    if validation is None:
+        kept, held_out = split_validation(len(found.train), validation_size, seed)
+        # They are numbered as in the training set.
+        carved = split(found.train_for_evaluation, "training", held_out)
+    else:
+        carved = split(validation, "validation")
+    return StreamedData(
+        name=name,
+        train=split(found.train, "training", kept),
+        validation=carved,
+        test=split(found.test, "test"),
+        classes=found.classes,
+        mean=mean,
+        std=std,
+    )
+
+
+# In the workers, or with 0 of them in the calling process.
+
+
+@dataclass(frozen=True)
+class _Request:
+    indices: list[int]
+    seed: int
+
+
+class _Requests:
+    """What the reader is asked for, batch by batch."""
+
+    def __init__(self, slices: Sequence[Tensor], seeds: Sequence[int] | None, indices: Tensor | None) -> None:
+        self.slices, self.seeds, self.indices = slices, seeds, indices
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def __iter__(self) -> Iterator[_Request]:
+        for place in range(len(self.slices)):
+            positions = self.slices[place]
+            assert positions.dtype == torch.int64 and positions.ndim == 1 and positions.device.type == "cpu"
+            indices = positions if self.indices is None else self.indices[positions]
+            yield _Request(indices.tolist(), 0 if self.seeds is None else self.seeds[place])
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Comes in place of a batch: torch would raise in a worker's name an error of whose type it knows nothing."""
+
+    index: int
+    problem: str
+    fix: str
+    details: str
+
+    def throw(self, source: str, part: str) -> None:
+        """Raise it in the process that asked for the batch."""
+        problem = f"sample {self.index} of its {part} set {self.problem}"
+        raise InputError("data.name", problem, self.fix, value=source) from RuntimeError(self.details)
+
+
+class _BatchReader(Dataset[Any]):
+    """A data set whose items are batches."""
+
+    def __init__(self, dataset: MapStyle, spec: ItemSpec) -> None:
+        self.dataset, self.spec = dataset, spec
+
+    def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor] | _Failure:
+        samples = []
+        with _repeatable(request.seed):
+            for index in request.indices:
+                try:
+                    samples.append(self.spec.check(self.dataset[index]))
+                except _WrongItemError as error:
+                    return _Failure(index, str(error), _ITEM, "")
+                except Exception as error:  # the user's code, or a damaged file
+                    return _Failure(index, _raised(error), "mend or remove it", traceback.format_exc())
+        return self.spec.collate(samples)
+
+
+@contextlib.contextmanager
+def _repeatable(seed: int) -> Iterator[None]:
+    """Let what is computed inside follow from the seed; the caller's random numbers go on as if nothing had been."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    threads = torch.get_num_threads()
+    # A worker has one thread, and a sum over several is rounded in another way.
+    torch.set_num_threads(1)
+    # python and numpy have the same generator: one number for both would give both the same sequence.
+    digest = hashlib.blake2b(str(seed).encode(), digest_size=24).digest()
+    words = np.frombuffer(digest, np.uint32)
+    random.seed(digest[:8])
+    np.random.seed(words[2:4])
+    # Not through torch.manual_seed, which keeps a stack trace for each call while CUDA sleeps.
+    torch.default_generator.manual_seed(int.from_bytes(digest[16:], "little") >> 1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        torch.set_num_threads(threads)
+
+
+def _start_worker(parent: int, _worker: int) -> None:
+    """Leave a worker to its parent alone.
+
+    Slurm signals every process of a step, a terminal every process in the foreground, and a fork has inherited the
+    handlers. The parent still needs batches until the ranks have agreed to stop.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_obey, args=(parent,), daemon=True).start()
+
+
+def _obey(parent: int) -> None:
+    """End the process when its parent is gone or terminates it, even in the middle of a sample.
+
+    torch's own watch looks only between batches, and every 5 s; a worker holds the dead parent's sockets open, so that
+    the other ranks would wait as long.
+    """
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, _WATCH_INTERVAL_S)
+        if received is not None and received.si_pid == parent:
+            break
+    os._exit(0)
+
+
+def _shut_down(iterator: object) -> None:
+    # torch does it when the iterator is collected, but the traceback of an error may keep it.
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+# Samples.
+
+
+def _image_and_label(item: Any) -> tuple[Tensor, int]:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise _WrongItemError(f"is {_kind(item)}")
+    image, label = item
+    proper = isinstance(image, Tensor) and image.ndim == 3 and image.device.type == "cpu"
+    if not proper or not (image.dtype == torch.uint8 or image.is_floating_point()):
+        raise _WrongItemError(f"has {_kind(image)} for its input")
+    try:
+        # Also numpy's integers and tensors of one.
+        number = operator.index(label)
+    except TypeError:
+        raise _WrongItemError(f"has {_kind(label)} for its label") from None
+    return image.detach().as_subclass(Tensor), number
+
+
+def _kind(thing: Any) -> str:
+    if isinstance(thing, Tensor):
+        where = "" if thing.device.type == "cpu" else f" on {thing.device}"
+        return f"a {str(thing.dtype)[6:]} tensor {list(thing.shape)}{where}"
+    if isinstance(thing, tuple | list):
+        return f"a {type(thing).__name__} of {len(thing)}"
+    return f"a {type(thing).__name__}"
+
+
+def _raised(error: Exception) -> str:
+    return f"cannot be loaded ({type(error).__name__}: {short(error)})"
+
+
+# Sources.
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a source gives.
+
+    Parameters
+    ----------
+    train_for_evaluation
+        The same samples as `train`, as a validation sees them.
+    mean, std
+        None where the source has none.
+    """
+
+    train: MapStyle
+    train_for_evaluation: MapStyle
+    validation: MapStyle | None
+    test: MapStyle
+    classes: tuple[str, ...]
+    mean: Any = None
+    std: Any = None
+
+    def parts(self) -> dict[str, MapStyle]:
+        """Return the data sets by name, the training set first."""
+        named = {"training": self.train, "validation": self.validation, "test": self.test}
+        return {part: dataset for part, dataset in named.items() if dataset is not None}
+
+
+def _common_spec(name: str, found: _Found) -> ItemSpec:
+    """Look at the first sample of each part now rather than when all ranks are waiting for it."""
+    spec = None
+    for part, dataset in found.parts().items():
+        try:
+            with _repeatable(0):
+                item = dataset[0]
+            image, _ = _image_and_label(item)
+            if spec is None:
+                channels, height, width = image.shape
+                spec = ItemSpec((channels, height, width), image.dtype, len(found.classes))
+            spec.check(item)
+        except _WrongItemError as error:
+            raise InputError("data.name", f"sample 0 of its {part} set {error}", _ITEM, value=name) from None
+        except Exception as error:  # the user's code, or a damaged file
+            problem = f"sample 0 of its {part} set {_raised(error)}"
+            raise InputError("data.name", problem, "mend or remove it", value=name) from error
+    assert spec is not None, "there is a training set"
+    return spec
+
+
+def _normalization(name: str, found: _Found, spec: ItemSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel, in units of the values."""
+    channels = spec.shape[0]
+    if found.mean is None and found.std is None:
+        return (0.0,) * channels, (255.0 if spec.dtype == torch.uint8 else 1.0,) * channels
+    try:
+        mean, std = (tuple(float(value) for value in values) for values in (found.mean, found.std))
+    except (TypeError, ValueError):
+        mean, std = (), ()
+    if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
+        problem = f"its training set has mean {found.mean!r} and std {found.std!r} for {channels} channels"
+        raise InputError("data.name", problem, "give one number per channel for both, std above 0", value=name)
+    if spec.dtype == torch.uint8 and max(std) <= 1 and int(found.train[0][0].max()) > 1:
+        problem = f"its images have values to 255, and its std {list(std)} is one of values to 1"
+        raise InputError("data.name", problem, "multiply its mean and std by 255", value=name)
+    return mean, std
+
+
+# Folders of images.
+
+
+@dataclass(frozen=True)
+class _FolderArgs:
+    size: int
+    resize: int
+    scale: tuple[float, float]
+    flip: bool
+
+
+def _folder_args(args: Mapping[str, Any]) -> _FolderArgs:
+    """Return the arguments of an image folder with what they are if not given."""
+    valid = ("size", "resize", "scale", "flip")
+    for key, value in args.items():
+        if key not in valid:
+            raise InputError(
+                f"data.args.{key}", f"unknown argument of {IMAGE_FOLDER}", closest(key, valid), value=value
+            )
+    size = args.get("size", 224)
+    resize = args.get("resize", round(size * 256 / 224) if type(size) is int else 0)
+    scale, flip = args.get("scale", [0.08, 1.0]), args.get("flip", True)
+    if type(size) is not int or size < 1:
+        raise InputError("data.args.size", "is no number of pixels", "write it like 224", value=size)
+    if type(resize) is not int or resize < size:
+        raise InputError("data.args.resize", "is no number of pixels", f"use {size} or more", value=resize)
+    numbers = isinstance(scale, list | tuple) and all(type(value) in {int, float} for value in scale)
+    if not numbers or len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError("data.args.scale", "is no range of shares", "write it like [0.08, 1.0]", value=scale)
+    if not isinstance(flip, bool):
+        raise InputError("data.args.flip", "is neither true nor false", "use one of them", value=flip)
+    return _FolderArgs(size, resize, (float(scale[0]), float(scale[1])), flip)
+
+
+def _transforms(args: _FolderArgs) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Return the transforms of training and of evaluation: uint8 [3, h, w] -> uint8 [3, size, size]."""
+    from torchvision.transforms import v2
+
+    flip = [v2.RandomHorizontalFlip()] if args.flip else []
+    train = v2.Compose([v2.RandomResizedCrop(args.size, scale=args.scale, antialias=True), *flip])
+    return train, v2.Compose([v2.Resize(args.resize, antialias=True), v2.CenterCrop(args.size)])
+
+
+def _folders(root: Path) -> dict[str, Path]:
+    """Return the folders of the parts: ``train``, ``test`` and perhaps ``val``; each has folders of classes."""
+    folders = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    if not root.is_dir():
+        raise InputError("data.root", "there is no such folder", _LAYOUT, value=str(root))
+    if "train" not in folders or len(folders) == 1:
+        missing = "'test' or 'val'" if "train" in folders else "'train'"
+        raise InputError("data.root", f"it has no folder {missing}", _LAYOUT, value=str(root))
+    if "test" not in folders:
+        folders["test"] = folders.pop("val")
+    for folder in folders.values():
+        if not _class_names(folder):
+            raise InputError(str(folder), "has no folders of classes", _LAYOUT)
+    return folders
+
+
+def _class_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+
+
+def _load_image_folder(root: Path, args: Mapping[str, Any]) -> _Found:
+    for_training, for_evaluation = _transforms(_folder_args(args))
+    folders = _folders(root)
+    classes = tuple(_class_names(folders["train"]))
+    listed = {part: _list_images(folder, classes) for part, folder in folders.items()}
+    empty = set(range(len(classes))) - set(listed["train"].labels.tolist())
+    if empty:
+        problem = f"holds no image of the class {classes[min(empty)]!r}"
+        raise InputError(str(folders["train"]), problem, "put some there, or remove its folder")
+    return _Found(
+        train=_Images(listed["train"], for_training),
+        train_for_evaluation=_Images(listed["train"], for_evaluation),
+        validation=_Images(listed["val"], for_evaluation) if "val" in listed else None,
+        test=_Images(listed["test"], for_evaluation),
+        classes=classes,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+
+
+class _ImageFiles:
+    """Paths and labels of images, in three arrays rather than in a Python object each.
+
+    Reading a Python object writes to its reference count, so that in time each worker would have a copy of them all.
+    """
+
+    def __init__(self, folder: Path, samples: Sequence[tuple[str, int]]) -> None:
+        names = [os.fsencode(os.path.relpath(path, folder)) for path, _ in samples]
+        self.folder = folder
+        self.names = b"".join(names)
+        self.ends = np.cumsum([0, *map(len, names)])
+        self.labels = np.array([label for _, label in samples], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        """Return the path of an image."""
+        return self.folder / os.fsdecode(self.names[self.ends[index] : self.ends[index + 1]])
+
+
+class _Images:
+    """Images of a folder: (uint8 [3, size, size], label)."""
+
+    def __init__(self, files: _ImageFiles, transform: Callable[[Tensor], Tensor]) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.files.path(index)
+        try:
+            return self.transform(_read_image(path)), int(self.files.labels[index])
+        except Exception as error:  # decoders do not say which file they were reading
+            raise type("UnreadableImage", (OSError,), {})(f"{path}: {short(error)}") from error
+
+
+def _list_images(folder: Path, classes: Sequence[str]) -> _ImageFiles:
+    """List the images of a part with the numbers that the classes have in training, whichever of them it has."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+    unknown = sorted(set(_class_names(folder)) - set(classes))
+    if unknown:
+        raise InputError(str(folder / unknown[0]), "is no class of the training set", "remove or rename the folder")
+    numbers = {name: number for number, name in enumerate(classes)}
+    samples = make_dataset(folder, numbers, extensions=IMG_EXTENSIONS, allow_empty=True)
+    if not samples:
+        raise InputError(str(folder), f"holds no images ({', '.join(IMG_EXTENSIONS)})", _LAYOUT)
+    return _ImageFiles(folder, samples)
+
+
+def _read_image(path: Path) -> Tensor:
+    """Return uint8 [3, h, w], with the channels of a pixel side by side in memory: resizing is faster that way."""
+    from PIL import Image
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    content = path.read_bytes()
+    if content.startswith(b"\xff\xd8"):
+        # What it refuses PIL may still read, and says better what is wrong.
+        with contextlib.suppress(RuntimeError):
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+# A function of the user's.
+
+
+def _user_function(name: str, args: Mapping[str, Any]) -> Callable[..., Any]:
+    function = import_function("data.name", name)
+    root = [next(iter(signature_of(function) or ()), "root")]
+    check_arguments("data.args", name, function, args, provided=root)
+    return function
+
+
+def _call_function(name: str, root: Path, args: Mapping[str, Any]) -> _Found:
+    function = _user_function(name, args)
+    try:
+        result = function(root, **args)
+    except Exception as error:  # the user's code
+        problem = f"it raised {type(error).__name__}: {short(error)}"
+        raise InputError("data.name", problem, "mend the function", value=name) from error
+    datasets = _map_style_datasets(name, result)
+    train, test = datasets[0], datasets[-1]
+    return _Found(
+        train=train,
+        train_for_evaluation=train,
+        validation=datasets[1] if len(datasets) == 3 else None,
+        test=test,
+        classes=_classes(name, datasets),
+        mean=_attribute(train, "mean"),
+        std=_attribute(train, "std"),
+    )
+
+
+def _map_style_datasets(name: str, result: Any) -> Sequence[MapStyle]:
+    fix = "return the data sets (train, test) or (train, validation, test), each with __len__ and __getitem__"
+    if not isinstance(result, tuple | list) or len(result) not in {2, 3}:
+        raise InputError("data.name", f"it returned {_kind(result)}", fix, value=name)
+    for dataset in result:
+        proper = hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+        if not proper or isinstance(dataset, IterableDataset | dict | str):
+            raise InputError("data.name", f"it returned {_kind(dataset)} among the data sets", fix, value=name)
+        if not len(dataset):
+            raise InputError("data.name", "it returned a data set without samples", fix, value=name)
+    return result
+
+
+def _classes(name: str, datasets: Iterable[MapStyle]) -> tuple[str, ...]:
+    """Return the names of the classes, or their numbers where there are no names."""
+    for dataset in datasets:
+        named = _attribute(dataset, "classes")
+        if isinstance(named, tuple | list) and named:
+            return tuple(map(str, named))
+    highest = -1
+    for targets in filter(lambda values: values is not None, (_attribute(dataset, "targets") for dataset in datasets)):
+        highest = max(highest, int(np.asarray(targets).max()))
+    if highest < 0:
+        problem = "its data sets do not say how many classes there are"
+        raise InputError("data.name", problem, "give one an attribute `classes`: a list of their names", value=name)
+    return tuple(map(str, range(highest + 1)))
+
+
+def _attribute(dataset: Any, name: str) -> Any:
+    """Return an attribute of a data set, or of the one that it is a subset of; None if there is none."""
+    while dataset is not None:
+        if getattr(dataset, name, None) is not None:
+            return getattr(dataset, name)
+        dataset = getattr(dataset, "dataset", None)
+    return None
