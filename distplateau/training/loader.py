@@ -18,8 +18,7 @@ import threading
 import traceback
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +31,9 @@ from distplateau.training.imports import check_arguments, import_function, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    Transform = Callable[[Tensor], Tensor]
 
 IMAGE_FOLDER = "image-folder"
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -247,7 +249,7 @@ def check_streamed(name: str, root: Path, args: Mapping[str, Any]) -> None:
 def load_streamed(
     name: str, root: Path, args: Mapping[str, Any], validation_size: int | float, seed: int, workers: int
 ) -> StreamedData:
-    """Prepare a data set for streaming: list its files or call the user's function, and look at one sample of each part.
+    """List the files or call the user's function, and look at one sample of each part.
 
     Any rank may call it; no process group is used, and no global random state is changed.
 
@@ -280,8 +282,8 @@ def load_streamed(
     else:
         with _repeatable(seed):  # a split that the function draws must be the same on every rank
             found = _call_function(name, root, args)
-    spec = _common_spec(name, found)
-    mean, std = _normalization(name, found, spec)
+    spec, image = _common_spec(name, found)
+    mean, std = _normalization(name, found, image)
 
     def split(dataset: MapStyle, part: str, indices: Tensor | None = None) -> StreamedSplit:
         return StreamedSplit(dataset, spec, workers, indices, name, part)
@@ -340,7 +342,7 @@ class _Failure:
     fix: str
     details: str
 
-    def throw(self, source: str, part: str) -> None:
+    def throw(self, source: str, part: str) -> NoReturn:
         """Raise it in the process that asked for the batch."""
         problem = f"sample {self.index} of its {part} set {self.problem}"
         raise InputError("data.name", problem, self.fix, value=source) from RuntimeError(self.details)
@@ -484,15 +486,22 @@ class _Found:
         return {part: dataset for part, dataset in named.items() if dataset is not None}
 
 
-def _common_spec(name: str, found: _Found) -> ItemSpec:
-    """Look at the first sample of each part now rather than when all ranks are waiting for it."""
-    spec = None
+def _common_spec(name: str, found: _Found) -> tuple[ItemSpec, Tensor]:
+    """Look at the first sample of each part now rather than when all ranks are waiting for it.
+
+    Returns
+    -------
+    tuple
+        What the samples are like, and the first input of the training set.
+    """
+    spec, first = None, torch.empty(0)
     for part, dataset in found.parts().items():
         try:
             with _repeatable(0):
                 item = dataset[0]
             image, _ = _image_and_label(item)
             if spec is None:
+                first = image
                 channels, height, width = image.shape
                 spec = ItemSpec((channels, height, width), image.dtype, len(found.classes))
             spec.check(item)
@@ -502,25 +511,29 @@ def _common_spec(name: str, found: _Found) -> ItemSpec:
             problem = f"sample 0 of its {part} set {_raised(error)}"
             raise InputError("data.name", problem, "mend or remove it", value=name) from error
     assert spec is not None, "there is a training set"
-    return spec
+    return spec, first
 
 
-def _normalization(name: str, found: _Found, spec: ItemSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation per channel, in units of the values."""
-    channels = spec.shape[0]
+def _normalization(name: str, found: _Found, image: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return mean and deviation per channel, in units of the values, which the first image shows."""
+    channels = len(image)
     if found.mean is None and found.std is None:
-        return (0.0,) * channels, (255.0 if spec.dtype == torch.uint8 else 1.0,) * channels
-    try:
-        mean, std = (tuple(float(value) for value in values) for values in (found.mean, found.std))
-    except (TypeError, ValueError):
-        mean, std = (), ()
+        return (0.0,) * channels, (255.0 if image.dtype == torch.uint8 else 1.0,) * channels
+    mean, std = _numbers(found.mean), _numbers(found.std)
     if not len(mean) == len(std) == channels or not all(map(math.isfinite, mean + std)) or min(std) <= 0:
         problem = f"its training set has mean {found.mean!r} and std {found.std!r} for {channels} channels"
         raise InputError("data.name", problem, "give one number per channel for both, std above 0", value=name)
-    if spec.dtype == torch.uint8 and max(std) <= 1 and int(found.train[0][0].max()) > 1:
+    if image.dtype == torch.uint8 and max(std) <= 1 and int(image.max()) > 1:
         problem = f"its images have values to 255, and its std {list(std)} is one of values to 1"
         raise InputError("data.name", problem, "multiply its mean and std by 255", value=name)
     return mean, std
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        return ()
 
 
 # Folders of images.
@@ -557,7 +570,7 @@ def _folder_args(args: Mapping[str, Any]) -> _FolderArgs:
     return _FolderArgs(size, resize, (float(scale[0]), float(scale[1])), flip)
 
 
-def _transforms(args: _FolderArgs) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _transforms(args: _FolderArgs) -> tuple[Transform, Transform]:
     """Return the transforms of training and of evaluation: uint8 [3, h, w] -> uint8 [3, size, size]."""
     from torchvision.transforms import v2
 
@@ -630,7 +643,7 @@ class _ImageFiles:
 class _Images:
     """Images of a folder: (uint8 [3, size, size], label)."""
 
-    def __init__(self, files: _ImageFiles, transform: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, files: _ImageFiles, transform: Transform) -> None:
         self.files, self.transform = files, transform
 
     def __len__(self) -> int:
@@ -641,7 +654,7 @@ class _Images:
         try:
             return self.transform(_read_image(path)), int(self.files.labels[index])
         except Exception as error:  # decoders do not say which file they were reading
-            raise type("UnreadableImage", (OSError,), {})(f"{path}: {short(error)}") from error
+            raise OSError(f"{path}: {short(error)}") from error
 
 
 def _list_images(folder: Path, classes: Sequence[str]) -> _ImageFiles:
@@ -667,7 +680,8 @@ def _read_image(path: Path) -> Tensor:
     if content.startswith(b"\xff\xd8"):
         # What it refuses PIL may still read, and says better what is wrong.
         with contextlib.suppress(RuntimeError):
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+            encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+            return decode_jpeg(encoded, ImageReadMode.RGB)  # pyright: ignore[reportReturnType]  # one in, one out
     with Image.open(io.BytesIO(content)) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
