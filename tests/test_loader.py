@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from distplateau.training.data import split_validation
 from distplateau.training.loader import (
     IMAGENET_MEAN,
     ItemSpec,
+    Repeated,
     StreamedSplit,
     check_streamed,
     is_streamed,
@@ -154,6 +156,19 @@ def test_slices_are_looked_up_as_the_reading_proceeds():
     assert [int(next(batches)[1]) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert 5 <= len(parts.asked) <= 10
     batches.close()
+
+
+def test_one_iteration_for_all_validations_keeps_its_workers():
+    parts = slices([1, 2], [3])
+    batches = StreamedSplit(Numbers(), SPEC, 2).batches(Repeated(parts, 3), CPU)
+    seen, workers = [], []
+    for _ in range(3):
+        seen.append([next(batches)[1].tolist() for _ in parts])
+        workers.append({worker.pid for worker in multiprocessing.active_children()})
+    assert seen == [[[1, 2], [3]]] * 3
+    assert workers == workers[:1] * 3
+    assert next(batches, None) is None
+    assert len(list(Repeated(parts, 3))) == 6
 
 
 def test_under_inference_mode():
@@ -310,6 +325,12 @@ def test_an_iterator_that_is_not_used_starts_nothing():
     batches = StreamedSplit(Numbers(), SPEC, 2).batches(cut(100, 10), CPU)
     assert multiprocessing.active_children() == []
     del batches
+
+
+def test_reading_from_another_thread():
+    with ThreadPoolExecutor(1) as pool:
+        batches = pool.submit(read, StreamedSplit(Numbers(), SPEC, 2), cut(100, 10)).result(60)
+    assert len(batches) == 10
 
 
 def test_two_iterations_at_once():

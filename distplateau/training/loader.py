@@ -16,6 +16,7 @@ import random
 import signal
 import threading
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -30,7 +31,7 @@ from distplateau.training.data import split_validation
 from distplateau.training.imports import check_arguments, import_function, short, signature_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping
     from pathlib import Path
 
     Transform = Callable[[Tensor], Tensor]
@@ -78,9 +79,7 @@ class ItemSpec:
         """Return input and label of a sample that is as it should be."""
         image, label = _image_and_label(item)
         if image.shape != self.shape or image.dtype != self.dtype:
-            raise _WrongItemError(
-                f"is {_kind(image)} where others are {str(self.dtype)[6:]} {list(self.shape)}",
-            )
+            raise _WrongItemError(f"is {_kind(image)} where others are {str(self.dtype)[6:]} {list(self.shape)}")
         if not 0 <= label < self.num_classes:
             raise _WrongItemError(f"has the label {label}, and there are {self.num_classes} classes")
         return image, label
@@ -130,8 +129,8 @@ class StreamedSplit:
         ----------
         slices
             One int64 tensor [n] on the CPU per batch: positions in this split. n may differ and be 0. Looked up one by
-            one as the reading proceeds: a sequence that computes its items can span a whole run, whose workers are
-            then started once.
+            one as the reading proceeds, so that one iteration can span a whole run, whose workers are then started
+            once: of a training by a sequence that computes its items, of its validations by `Repeated`.
         device
             Where the tensors go; to a GPU from pinned memory, without waiting for the copy.
         seeds
@@ -193,6 +192,24 @@ class StreamedSplit:
         if isinstance(batch, _Failure):
             batch.throw(self.source, self.part)
         return batch
+
+
+class Repeated(Sequence[Tensor]):
+    """The same slices several times over: one iteration for all validations of a run, whose workers stay.
+
+    The first batches of the next time round are then read ahead, and wait in memory.
+    """
+
+    def __init__(self, slices: Sequence[Tensor], times: int) -> None:
+        self.slices, self.times = slices, times
+
+    def __len__(self) -> int:
+        return len(self.slices) * self.times
+
+    def __getitem__(self, place: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        return self.slices[place % len(self.slices)]
 
 
 @dataclass(frozen=True, eq=False)
