@@ -75,7 +75,10 @@ class RunSection(Section):
 class DataSection(Section):
     """The data set, its split and its batches. Batch sizes are global: they do not change with the ranks."""
 
-    name: Annotated[str, Field(description="digits, mnist, fashion-mnist or cifar10")] = "digits"
+    name: Annotated[
+        str,
+        Field(min_length=1, description="digits, mnist, fashion-mnist, cifar10, image-folder, package.module:function"),
+    ] = "digits"
     root: Annotated[str, Field(min_length=1, description="where data sets are looked for and downloaded to")] = "data"
     global_batch_size: Annotated[Positive, Field(description="samples per optimizer step, over all ranks")] = 64
     eval_batch_size: Annotated[Positive, Field(description="samples per validation batch; fixed at any rank count")] = (
@@ -85,6 +88,8 @@ class DataSection(Section):
         Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)],
         Field(description="samples (or share) carved out of the training set"),
     ] = 0.1
+    args: Annotated[dict[str, Any], Field(description="settings of image-folder, arguments of a function")] = {}
+    workers: Annotated[NonNegative, Field(description="processes that read data which is not kept in memory")] = 2
     augment: Annotated[
         list[str | dict[str, Any]],
         Field(description='of the training images: "flip", "crop", "erase", or tables such as {name = "crop"}'),

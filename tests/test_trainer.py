@@ -245,6 +245,7 @@ def _first_step_gradient(rank, config):
     from accelerate import Accelerator
 
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
+    trainer.train_step.begin(0)
     trainer.train_step(0)
     return [p.detach() for p in trainer.model.parameters()]
 
@@ -310,7 +311,7 @@ def test_batch_smaller_than_the_ranks_is_refused(tmp_path, monkeypatch):
         ({"optimizer": {"name": "sgd", "momentum": -1.0}}, r"optimizer: sgd refuses its settings"),
         ({"optimizer": {"groups": [{"match": "nothing"}]}}, r"optimizer.groups.0.match = 'nothing'"),
         ({"schedule": {"monitor": "val/los"}}, r"schedule.monitor = 'val/los'"),
-        ({"schedule": {"eps": 1.0}}, r"schedule: eps=1.0 blocks every drop"),
+        ({"schedule": {"eps": 1.0}}, r"schedule.eps: eps=1.0 blocks every drop"),
         ({"schedule": {"name": "step", "args": {"gamma": 3}}}, r"schedule.args.gamma = 3"),
         ({"training": {"precision": "fp16"}}, r"training.precision = 'fp16': fp16 needs a GPU"),
         ({"model": {"name": "resnet81"}}, r"model.name = 'resnet81'"),

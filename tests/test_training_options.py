@@ -15,6 +15,7 @@ from distplateau.record.ledger import read_ledger
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.evaluate import evaluate
 from distplateau.training.setup import prepare_parts
+from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train
 from ranks import run_ranks
 from test_trainer import _train, _train_until, make_config, same_tensors
@@ -173,28 +174,26 @@ def _largest_batch(rank, config):
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
     sizes: list[int] = []
     trainer.network.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    trainer.train_step.begin(0)
     for step in range(3):
         trainer.train_step(step)
     return max(sizes), [p.detach() for p in trainer.network.parameters()]
 
 
 def _poison(rank, config, step, victim):
-    forward = torch.nn.Linear.forward
+    call = TrainStep.__call__
 
-    def poisoned(self, inputs):
-        outputs = forward(self, inputs)
-        if rank == victim and self.training and _poison.calls == 2 * step:
-            outputs = outputs * math.nan
-        if self.training:
-            _poison.calls += 1
-        return outputs
+    def poisoned(self, at):
+        if rank == victim and at == step:
+            loss = self.loss
+            self.loss = lambda outputs, targets: loss(outputs, targets) * math.nan
+        return call(self, at)
 
-    _poison.calls = 0
-    torch.nn.Linear.forward = poisoned
+    TrainStep.__call__ = poisoned
     try:
         train(config)
     finally:
-        torch.nn.Linear.forward = forward
+        TrainStep.__call__ = call
 
 
 def test_a_nan_loss_is_told_with_its_step_and_rank(tmp_path):

@@ -6,7 +6,6 @@ come from the CPU and from a seed alone: the same on every device, and again aft
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ class Augment:
 
     operations: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = ()
 
-    def __call__(self, images: Tensor, *seed: int) -> Tensor:
+    def __call__(self, images: Tensor, seed: int) -> Tensor:
         """Return the images augmented: a pure function of the arguments, nothing waits for the device.
 
         Parameters
@@ -34,12 +33,11 @@ class Augment:
         images
             [n, channels, height, width] of any dtype; not changed.
         seed
-            Such as (seed, step, shard).
+            What the draws follow from, below 2**63.
         """
         if not self.operations or not len(images):
             return images
-        mixed = hashlib.blake2b(repr(("augment", *seed)).encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
+        generator = torch.Generator().manual_seed(seed)
         for operation in self.operations:
             images = operation(images, generator)
         return images

@@ -18,7 +18,7 @@ import zlib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 from distplateau.errors import InputError, closest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from distplateau.config import DataSection
 
@@ -62,14 +62,49 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return tuple(self.images.shape[1:])
+
     def to(self, device: torch.device) -> Split:
         """Return the split on a device."""
         return Split(self.images.to(device), self.labels.to(device))
 
+    def batches(
+        self, slices: Sequence[Tensor], device: torch.device, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Slice batches out of memory; as `StreamedSplit.batches`. The seeds do nothing here."""
+        del device, seeds
+        for place in range(len(slices)):
+            indices = slices[place]
+            yield self.images[indices], self.labels[indices]
+
+
+class Samples(Protocol):
+    """A part of a data set: in memory (`Split`) or read while it is used (`loader.StreamedSplit`)."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        ...
+
+    def to(self, device: torch.device, /) -> Samples:
+        """Return the samples on a device, where they are kept in memory."""
+        ...
+
+    def batches(
+        self, slices: Sequence[Tensor], device: torch.device, seeds: Sequence[int] | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Give inputs and labels on `device` for each slice of indices in turn."""
+        ...
+
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set in memory, with its validation set carved out of the training set.
+    """A data set with its validation set, which is carved out of the training set where it has none of its own.
 
     Parameters
     ----------
@@ -80,9 +115,9 @@ class DataSet:
     """
 
     name: str
-    train: Split
-    validation: Split
-    test: Split
+    train: Samples
+    validation: Samples
+    test: Samples
     classes: tuple[str, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -91,7 +126,7 @@ class DataSet:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        channels, height, width = self.train.images.shape[1:]
+        channels, height, width = self.train.shape
         return channels, height, width
 
     @property
@@ -258,10 +293,15 @@ def deal_batches(samples: int, batch_size: int, rank: int, world_size: int) -> l
     return [(start, min(start + batch_size, samples)) for start in starts]
 
 
-def _generator(*seed: str | int) -> torch.Generator:
+def derived_seed(*parts: str | int) -> int:
+    """Return a seed below 2**63 that follows from all the parts."""
     # Python's hash() of a text changes from process to process; the ranks must agree.
-    mixed = hashlib.blake2b(repr(seed).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(mixed, "little") >> 1)
+    mixed = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(mixed, "little") >> 1
+
+
+def _generator(*seed: str | int) -> torch.Generator:
+    return torch.Generator().manual_seed(derived_seed(*seed))
 
 
 def _statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -310,7 +350,12 @@ class _Source:
 def _source(section: DataSection) -> _Source:
     source = _SOURCES.get(section.name)
     if source is None:
-        raise InputError("data.name", "there is no such data set", closest(section.name, _SOURCES), value=section.name)
+        raise InputError(
+            "data.name",
+            "there is no such data set",
+            closest(section.name, [*_SOURCES, "image-folder"]),
+            value=section.name,
+        )
     return source
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.data import load_data
+from distplateau.training.datasets import load
 from distplateau.training.models import load_model
 from distplateau.training.objective import build_objective
 from distplateau.training.processes import start_accelerator
@@ -46,7 +46,7 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     if data_root is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"root": data_root})})
     model = load_model(run_dir)
-    data = load_data(config.data, config.run.seed)
+    data = load(config.data, config.run.seed)
     objective = build_objective(config.training, data.num_classes)
     metrics = {name: GlobalMean() for name in metric_names(objective, model, data)}
     accelerator = start_accelerator(config.training.precision)

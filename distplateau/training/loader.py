@@ -120,6 +120,15 @@ class StreamedSplit:
     def __len__(self) -> int:
         return len(self.dataset) if self.indices is None else len(self.indices)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one input."""
+        return self.spec.shape
+
+    def to(self, _device: torch.device) -> StreamedSplit:
+        """Return itself: each batch goes to a device on its own."""
+        return self
+
     def batches(
         self, slices: Sequence[Tensor], device: torch.device, seeds: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -164,7 +173,8 @@ class StreamedSplit:
             _shut_down(iterator)
 
     def _loader(self, requests: _Requests, *, pin: bool) -> DataLoader[Any]:
-        workers = min(self.workers, len(requests))
+        # A single batch is read before a worker has started.
+        workers = min(self.workers, len(requests)) if len(requests) > 1 else 0
         return DataLoader(
             _BatchReader(self.dataset, self.spec),
             batch_size=None,  # an item of the reader is a batch

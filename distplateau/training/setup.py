@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,12 +17,15 @@ from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
 from distplateau.training.augment import Augment, build_augment
-from distplateau.training.data import DataSet, load_data
+from distplateau.training.datasets import load
 from distplateau.training.models import build_model
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.optimizers import build_optimizer
 from distplateau.training.processes import launched_ranks, on_cpu
 from distplateau.training.validation import metric_names
+
+if TYPE_CHECKING:
+    from distplateau.training.data import DataSet
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_SECTIONS = frozenset({"checkpoint", "tracking"})
@@ -50,7 +54,7 @@ def prepare_parts(config: Config) -> Parts:
         With the dotted key, the value and the fix.
     """
     check_ranks(config)
-    data = load_data(config.data, config.run.seed)
+    data = load(config.data, config.run.seed)
     torch.manual_seed(config.run.seed)
     model = build_model(config.model, data.image_shape, data.num_classes)
     return assemble_parts(config, data, model, build_objective(config.training, data.num_classes))
@@ -166,7 +170,7 @@ def differences(old: Config, new: Config) -> list[str]:
         for key in keys:
             before, after = tree_old[section].get(key), tree_new[section].get(key)
             heeded = section != "schedule" or key not in new.schedule.without_effect
-            if before != after and heeded and (section, key) != ("data", "root"):
+            if before != after and heeded and (section, key) not in {("data", "root"), ("data", "workers")}:
                 result.append(f"{section}.{key} {before!r} -> {after!r}")
     if old.run.seed != new.run.seed:
         result.append(f"run.seed {old.run.seed} -> {new.run.seed}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.data import epoch_order, rank_slice
+from distplateau.training.data import Split
+from distplateau.training.plan import EpochPlan, Seeds, Slices
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,6 @@ class TrainStep:
     ) -> None:
         self.config, self.data, self.model, self.accelerator = config, data, model, accelerator
         self.loss, self.augment = parts.objective.loss, parts.augment
-        self.steps_per_epoch = parts.length.steps_per_epoch
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.train_loss = GlobalMean()
         # Accelerate looks for optional packages at each call of backward() and zero_grad(): 0.2 ms a step, and all they
@@ -60,27 +59,31 @@ class TrainStep:
         self._backward: Callable[[Tensor], None] = accelerator.backward if scaled else torch.Tensor.backward
         self._optimizer = optimizer if scaled else optimizer.optimizer
         self._min_samples = 2 if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) else 1
-        self._order: tuple[int, Tensor] | None = None
+        self._plan = EpochPlan(config, len(data.train), self.rank, self.world_size)
+        # In memory the whole order of an epoch goes to the device at once; what is read by workers is not needed there.
+        self._order_device = accelerator.device if isinstance(data.train, Split) else torch.device("cpu")
         self._losses: list[tuple[int, int, Tensor]] = []
+
+    def begin(self, step: int) -> None:
+        """Read the samples of step number `step` and of those that follow; those before are not looked at."""
+        slices = Slices(self._plan, self.config.training.epochs, step, self._min_samples, self._order_device)
+        self._seeds, self._place = Seeds(slices), 0
+        self._batches = self.data.train.batches(slices, self.accelerator.device, self._seeds)
 
     def __call__(self, step: int) -> int:
         """Make optimizer step number `step`, counted from 0; return its global batch size. Every rank calls it."""
-        indices, batch_size = self._batch_indices(step)
+        plan = self._plan.steps[step % len(self._plan.steps)]
         seed_step(self.config.run.seed, step, self.rank, self.accelerator.device)
-        section = self.config.training
-        most = section.micro_batch_size or len(indices)
-        micro_batches = max(section.grad_accumulation, -(-len(indices) // max(1, most)))
-        for place in range(micro_batches):
-            begin, end = rank_slice(0, len(indices), place, micro_batches)
-            last = place == micro_batches - 1
-            if begin < end or last:
-                with nullcontext() if last else self.accelerator.no_sync(self.model):
-                    self._add_gradient(indices[begin:end], batch_size, step, place)
-        if section.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), section.max_grad_norm)
+        *others, last = plan.micro_batches
+        for begin, end in others:
+            with self.accelerator.no_sync(self.model):
+                self._add_gradient(end - begin, plan.batch_size, step)
+        self._add_gradient(last[1] - last[0], plan.batch_size, step)
+        if self.config.training.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        return batch_size
+        return plan.batch_size
 
     def settle_buckets(self) -> None:
         """Run forward and backward twice for nothing. Every rank calls it, before the first step and after a resume.
@@ -91,9 +94,11 @@ class TrainStep:
         """
         if self.world_size == 1:
             return
+        first = torch.arange(min(self._min_samples, len(self.data.train)), device=self._order_device)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
-            images = self.data.normalize(self.data.train.images[: self._min_samples])
+            [(images, _)] = self.data.train.batches([first], self.accelerator.device)
+            images = self.data.normalize(images)
             (self.model(images).sum() * 0.0).backward()
         for buffer, held in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(held)
@@ -115,40 +120,22 @@ class TrainStep:
         """Forget the losses: a validation has recorded them."""
         self._losses = []
 
-    def _add_gradient(self, indices: Tensor, batch_size: int, step: int, place: int) -> None:
-        """Add the gradient of these samples, weighted so that DDP's mean over ranks is the mean over the batch.
+    def _add_gradient(self, real: int, batch_size: int, step: int) -> None:
+        """Add the gradient of the next micro-batch, weighted so that DDP's mean over ranks is that over the batch.
 
-        A rank whose slice is empty joins the gradient exchange with samples of weight zero. BatchNorm cannot compute
-        the statistics of one sample: such a slice is padded the same way.
+        Its first `real` samples count. A rank whose slice is empty joins the gradient exchange with samples of weight
+        zero; BatchNorm cannot compute the statistics of one sample, so such a slice is filled up the same way.
         """
-        real = len(indices)
-        if real < self._min_samples:
-            filler = self._epoch_order(step)[: self._min_samples - real]
-            indices = torch.cat([indices, filler])
-        seed = (self.config.run.seed, step, self.rank, place)
-        images = self.data.normalize(self.augment(self.data.train.images[indices], *seed))
-        losses = self.loss(self.model(images), self.data.train.labels[indices])
+        images, labels = next(self._batches)
+        images = self.data.normalize(self.augment(images, self._seeds[self._place]))
+        self._place += 1
+        losses = self.loss(self.model(images), labels)
         self.train_loss.update(losses.detach()[:real])
         total = losses[:real].sum()
         self._losses.append((step, real, total.detach()))
         # An empty slice has the sum 0 and no gradient, but DDP waits for one.
         loss = total if real else losses.sum() * 0.0
         self._backward(loss * (self.world_size / batch_size))
-
-    def _batch_indices(self, step: int) -> tuple[Tensor, int]:
-        """Return the indices of this rank's samples of the global batch, and the size of that batch."""
-        size = self.config.data.global_batch_size
-        start = step % self.steps_per_epoch * size
-        stop = min(start + size, len(self.data.train))
-        begin, end = rank_slice(start, stop, self.rank, self.world_size)
-        return self._epoch_order(step)[begin:end], stop - start
-
-    def _epoch_order(self, step: int) -> Tensor:
-        epoch = step // self.steps_per_epoch
-        if self._order is None or self._order[0] != epoch:
-            order = epoch_order(len(self.data.train), self.config.run.seed, epoch)
-            self._order = epoch, order.to(self.accelerator.device)
-        return self._order[1]
 
 
 def seed_step(seed: int, step: int, shard: int, device: torch.device) -> None:

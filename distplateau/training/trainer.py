@@ -157,6 +157,7 @@ class Trainer:
         self.model.train()
         if self._end() is None:
             self.train_step.settle_buckets()
+            self.train_step.begin(self.step)
         saved_at = self.step
         while self._end() is None:
             self._clock.samples += self.train_step(self.step)
@@ -398,7 +399,7 @@ class Trainer:
                 "steps_per_epoch": self.length.steps_per_epoch,
             },
             "lrs": self.scheduler.state.lrs,
-            "image_shape": tuple(self.data.train.images.shape[1:]),
+            "image_shape": self.data.train.shape,
             "num_classes": self.data.num_classes,
             "classes": self.data.classes,
             "samples": {

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from distplateau.training.data import DataSet, deal_batches
+from distplateau.training.data import DataSet, Samples, Split, deal_batches
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from accelerate import Accelerator
 
@@ -25,8 +25,8 @@ def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tup
     network.eval()
     # A model may draw random numbers even in evaluation mode; those of the run do not depend on this trial.
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs = network(data.normalize(data.validation.images[:2])).float()
-        names = tuple(objective.metrics(outputs, data.validation.labels[:2]))
+        [(images, labels)] = _blocks(data.validation, [(0, min(2, len(data.validation)))], torch.device("cpu"))
+        names = tuple(objective.metrics(network(data.normalize(images)).float(), labels))
     network.train(was_training)
     return names
 
@@ -49,11 +49,20 @@ def measure(
     network.eval()
     samples = getattr(data, split)
     with torch.inference_mode():
-        for begin, end in deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes):
-            outputs = network(data.normalize(samples.images[begin:end])).float()
-            for name, values in objective.metrics(outputs, samples.labels[begin:end]).items():
+        ranges = deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes)
+        for images, labels in _blocks(samples, ranges, accelerator.device):
+            outputs = network(data.normalize(images)).float()
+            for name, values in objective.metrics(outputs, labels).items():
                 metrics[name].update(values)
     network.train(was_training)
+
+
+def _blocks(
+    samples: Samples, ranges: Sequence[tuple[int, int]], device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    if isinstance(samples, Split):  # neighbours in memory need not be copied
+        return ((samples.images[begin:end], samples.labels[begin:end]) for begin, end in ranges)
+    return samples.batches([torch.arange(begin, end) for begin, end in ranges], device)
 
 
 def sync_buffers(model: nn.Module, how: str) -> None:

@@ -1,0 +1,39 @@
+"""Any data set by name, in memory or streamed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from distplateau.errors import InputError
+from distplateau.training.data import DataSet, load_data
+from distplateau.training.loader import is_streamed, load_streamed
+
+if TYPE_CHECKING:
+    from distplateau.config import DataSection
+
+
+def load(section: DataSection, seed: int) -> DataSet:
+    """Load the data set that a configuration names. Any rank may call it; no process group is used.
+
+    Raises
+    ------
+    InputError
+        As `load_data` and `load_streamed` do.
+    """
+    if not is_streamed(section.name):
+        if section.args:
+            raise InputError("data.args", f"{section.name} takes none", "remove them", value=section.args)
+        return load_data(section, seed)
+    streamed = load_streamed(
+        section.name, Path(section.root), section.args, section.validation_size, seed, section.workers
+    )
+    return DataSet(
+        streamed.name,
+        streamed.train,
+        streamed.validation,
+        streamed.test,
+        streamed.classes,
+        streamed.mean,
+        streamed.std,
+    )
