@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,7 +36,7 @@ def parameters_digest(parameters: Iterable[Tensor]) -> bytes:
             sums.setdefault(parameter.device, []).append(_checksum(parameter.detach()))
             order.append(parameter.device)
     read_back = {device: iter(torch.stack(values).tolist()) for device, values in sums.items()}
-    return digest(b"".join(next(read_back[device]).to_bytes(8, "little", signed=True) for device in order))
+    return digest(b"".join(struct.pack("<2q", *next(read_back[device])) for device in order))
 
 
 def is_sharded(parameter: Any) -> bool:
@@ -49,14 +50,18 @@ def is_sharded(parameter: Any) -> bool:
 
 
 def _checksum(parameter: Tensor) -> Tensor:
-    """Sum the bits as integers modulo 2**64, each row and each column of a folded view times a number of its own."""
+    """Sum the bits as integers modulo 2**64: the columns of a folded view and its rows, each times its own odd number.
+
+    Two sums, int64 [2], which must not be added up: a change of the highest bit is 2**63 in both, and their sum 0.
+    """
     words = _words(parameter)
     rows = len(words) // _ROW
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    if rows:
-        folded = words[: rows * _ROW].view(rows, _ROW)
-        total = _weighted(folded.sum(0, dtype=torch.int64), 1) + _weighted(folded.sum(1, dtype=torch.int64), _ROW + 1)
-    return total + _weighted(words[rows * _ROW :].to(torch.int64), 2 * _ROW + rows + 1)
+    tail = _weighted(words[rows * _ROW :].to(torch.int64), 1)
+    if not rows:
+        return torch.stack([tail, torch.zeros_like(tail)])
+    folded = words[: rows * _ROW].view(rows, _ROW)
+    columns = _weighted(folded.sum(0, dtype=torch.int64), _ROW + 1)
+    return torch.stack([tail + columns, _weighted(folded.sum(1, dtype=torch.int64), 1)])
 
 
 def _weighted(values: Tensor, first: int) -> Tensor:
