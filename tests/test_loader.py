@@ -24,15 +24,8 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from distplateau.errors import InputError
 from distplateau.training import loader as loader_module
 from distplateau.training.data import split_validation
-from distplateau.training.loader import (
-    IMAGENET_MEAN,
-    ItemSpec,
-    Repeated,
-    StreamedSplit,
-    check_streamed,
-    is_streamed,
-    load_streamed,
-)
+from distplateau.training.loader import ItemSpec, Repeated, StreamedSplit
+from distplateau.training.sources import IMAGENET_MEAN, check_streamed, is_streamed, load_streamed
 
 CPU = torch.device("cpu")
 SPEC = ItemSpec((1, 2, 2), torch.uint8, 10)
@@ -203,7 +196,7 @@ def test_random_transforms_follow_from_the_seed_of_the_batch(workers):
 def test_without_the_seeding_they_do_not(workers, monkeypatch):
     """Negative control."""
     reference = noisy(0)
-    monkeypatch.setattr(loader_module, "_repeatable", lambda seed: contextlib.nullcontext())
+    monkeypatch.setattr(loader_module, "repeatable", lambda seed: contextlib.nullcontext())
     assert not equal(noisy(workers), reference)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from distplateau.errors import InputError
 from distplateau.training.data import DataSet, load_data
-from distplateau.training.loader import is_streamed, load_streamed
+from distplateau.training.sources import is_streamed, load_streamed
 
 if TYPE_CHECKING:
     from distplateau.config import DataSection
@@ -21,19 +21,9 @@ def load(section: DataSection, seed: int) -> DataSet:
     InputError
         As `load_data` and `load_streamed` do.
     """
-    if not is_streamed(section.name):
-        if section.args:
-            raise InputError("data.args", f"{section.name} takes none", "remove them", value=section.args)
-        return load_data(section, seed)
-    streamed = load_streamed(
-        section.name, Path(section.root), section.args, section.validation_size, seed, section.workers
-    )
-    return DataSet(
-        streamed.name,
-        streamed.train,
-        streamed.validation,
-        streamed.test,
-        streamed.classes,
-        streamed.mean,
-        streamed.std,
-    )
+    if is_streamed(section.name):
+        root, size = Path(section.root), section.validation_size
+        return load_streamed(section.name, root, section.args, size, seed, section.workers)
+    if section.args:
+        raise InputError("data.args", f"{section.name} takes none", "remove them", value=section.args)
+    return load_data(section, seed)
