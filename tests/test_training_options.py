@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
+from distplateau.record.story import find_warnings
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.evaluate import evaluate
 from distplateau.training.setup import prepare_parts
@@ -201,6 +202,8 @@ def test_a_nan_loss_is_told_with_its_step_and_rank(tmp_path):
     events = read_ledger(tmp_path / "run").validations
     assert events[0]["nonfinite_loss"] == {"step": 7, "rank": 2}
     assert math.isnan(events[0]["train_loss"])
+    [warning] = [text for text in find_warnings(read_ledger(tmp_path / "run")) if "training loss" in text]
+    assert warning.endswith("first at step 7 on rank 2.")
 
 
 def _modes(rank, config):

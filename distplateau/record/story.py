@@ -196,7 +196,9 @@ def _value_warnings(history: History) -> Iterable[str]:
         yield f"{history.validations[0]['monitor']} was NaN or infinite and was {treated}: {which(lost)}."
     diverged = [e["validation"] for e in history.validations if not math.isfinite(e.get("train_loss", 0.0))]
     if diverged:
-        yield f"The training loss was NaN or infinite: {which(diverged)}."
+        traced = next((e["nonfinite_loss"] for e in history.validations if "nonfinite_loss" in e), None)
+        first = f", first at step {traced['step']:,} on rank {traced['rank']}" if traced else ""
+        yield f"The training loss was NaN or infinite: {which(diverged)}{first}."
     counts = sorted({event["count"] for event in history.validations if "count" in event})
     if len(counts) > 1:
         yield f"Validations were not over the same number of samples: {listing(counts)}. Their values do not compare."

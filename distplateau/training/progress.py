@@ -76,6 +76,11 @@ class ProgressReport:
             return
         style = {"reduced": "yellow", "raised": "cyan", "improved": "green"}.get(event["decision"])
         self.say(validation_line(event, epochs, patience, self._remaining(event["step"])), style)
+        if "nonfinite_loss" in event:
+            first = event["nonfinite_loss"]
+            self.say(
+                f"the training loss was NaN or infinite, first at step {first['step']} on rank {first['rank']}", "red"
+            )
 
     def _remaining(self, step: int) -> str:
         done = step - self._first_step
