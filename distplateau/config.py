@@ -18,6 +18,8 @@ from distplateau.errors import InputError, closest
 from distplateau.lockstep.schedules import SCHEDULES
 
 _INTERVAL = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>epoch|epochs|step|steps)")
+_DURATION = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>s|min|h)")
+_UNIT_SECONDS = {"s": 1, "min": 60, "h": 3600}
 
 _EARLY_STOP = re.compile(r"(?P<count>[1-9]\d*) reductions?")
 
@@ -25,6 +27,12 @@ _EARLY_STOP = re.compile(r"(?P<count>[1-9]\d*) reductions?")
 def _check_interval(text: str) -> str:
     if not _INTERVAL.fullmatch(text):
         raise ValueError('write "1 epoch" or "500 steps"')
+    return text
+
+
+def _check_interval_or_duration(text: str) -> str:
+    if not _INTERVAL.fullmatch(text) and not _DURATION.fullmatch(text):
+        raise ValueError('write "1 epoch", "500 steps" or "10 min"')
     return text
 
 
@@ -233,8 +241,16 @@ class TrainingSection(Section):
 class CheckpointSection(Section):
     """How often the run can be continued from, and how many checkpoints stay."""
 
-    every: Annotated[Interval, Field(description='"1 epoch" or "500 steps"; taken at the next validation')] = "1 epoch"
+    every: Annotated[
+        str, AfterValidator(_check_interval_or_duration), Field(description='"1 epoch", "500 steps" or "10 min"')
+    ] = "1 epoch"
     keep: Annotated[Positive, Field(description="newest checkpoints that are kept")] = 2
+
+    @property
+    def seconds(self) -> int | None:
+        """Return `every` in seconds, None if it is counted in epochs or steps."""
+        match = _DURATION.fullmatch(self.every)
+        return int(match["count"]) * _UNIT_SECONDS[match["unit"]] if match else None
 
 
 class TrackingSection(Section):

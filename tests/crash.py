@@ -45,6 +45,7 @@ def make_config(folder: Path) -> Config:
             "optimizer": {"lr": 0.01},
             "schedule": {"patience": 0, "factor": 0.5, "warmup_steps": 20, "restore_best": True},
             "training": {"epochs": 8, "validate_every": "30 steps", "ema": 0.9},
+            "checkpoint": {"every": "25 steps"},
             "tracking": {"wandb": "disabled"},
         }
     )

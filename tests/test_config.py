@@ -180,7 +180,7 @@ WRONG = [
     ("training.max_grad_norm", 0, "greater than 0; expected: clip"),
     ("training.validate_every", "0 epochs", 'write "1 epoch" or "500 steps"'),
     ("training.validate_every", 3, "valid string"),
-    ("checkpoint.every", "10 parsecs", 'write "1 epoch" or "500 steps"'),
+    ("checkpoint.every", "10 parsecs", 'write "1 epoch", "500 steps" or "10 min"'),
     ("checkpoint.keep", 0, "greater than 0; expected: newest checkpoints"),
     ("tracking.wandb", True, "expected: offline needs no account"),
     ("tracking.tags", "a,b", "valid list; expected: list of W&B tags"),

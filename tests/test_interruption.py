@@ -14,7 +14,7 @@ import torch
 
 from distplateau.record.ledger import read_ledger
 from distplateau.training import interruption
-from distplateau.training.interruption import SIGNALS, Interrupted, Interruption
+from distplateau.training.interruption import SIGNALS, Call, Interrupted, Interruption
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer
 from ranks import run_ranks
@@ -130,7 +130,7 @@ def _cost(rank, steps):
         begin = time.perf_counter()
         for _ in range(steps):
             time.sleep(0.001)
-            assert vote.agreed() is None
+            assert vote.agreed() is Call.NOTHING
         return (time.perf_counter() - begin) / steps, vote._interval
 
 
@@ -143,7 +143,7 @@ def test_votes_are_rare(tmp_path):
 def test_a_second_sigint_stops_at_once():
     with Interruption() as vote:
         os.kill(os.getpid(), signal.SIGINT)
-        assert vote.agreed() == "SIGINT"
+        assert vote.agreed() is Call.SIGINT
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

@@ -25,7 +25,10 @@ values = st.recursive(
 
 
 def validate(ledger, number, **fields):
-    shape = {"epoch": float(number), "monitor": "val/loss", "value": 1 / number, "lr_after": [0.1, 0.01]}
+    shape = {
+        "epoch": float(number), "step": 10 * number, "monitor": "val/loss", "value": 1 / number,
+        "decision": "improved", "lr_before": [0.1, 0.01], "lr_after": [0.1, 0.01],
+    }  # fmt: skip
     return ledger.append("validation", validation=number, **{**shape, **fields})
 
 

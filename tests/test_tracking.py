@@ -65,8 +65,8 @@ def test_two_segments_of_one_run_hold_every_validation_once(tmp_path):
         mirror = open_mirror(config, "abcd1234")
         for number in numbers:
             ledger.append("validation", **event(number))
-            mirror.catch_up()
-        mirror.catch_up()  # nothing new
+            mirror.catch_up(number)
+        mirror.catch_up(numbers[-1])  # nothing new
         mirror.finish()
     rows = history(config.run_dir)
     assert sorted(r["epoch"] for r in rows) == [1.0, 2.0, 3.0]

@@ -135,8 +135,8 @@ class StoppedError(Exception):
 def _train_until(rank, config, validations):
     save = Trainer._save
 
-    def stop_after(self):
-        save(self)
+    def stop_after(self, *, wait=False):
+        save(self, wait=wait)
         if self.scheduler.state.validations == validations:
             raise StoppedError
 

@@ -65,6 +65,11 @@ class Partial:
     neg_inf: int = 0
     bad_weights: int = 0
 
+    @property
+    def finite(self) -> bool:
+        """Return whether all values were finite."""
+        return not (self.nan or self.pos_inf or self.neg_inf)
+
     def __add__(self, other: Partial) -> Partial:
         return Partial(
             self.numerator + other.numerator,

@@ -24,8 +24,21 @@ Event = dict[str, Any]
 _AS_WRITTEN = frozenset(
     {"event", "run", "config", "hostname", "device", "classes", "versions", "run_id", "reason", "slurm_job_id"}
 )
-# What readers go by: without it a damaged line cannot be placed.
-_NUMBERED = {"validation": "validation", "resumed": "last_validation"}
+_NUMBER, _RATES = (int, float), list
+# What readers go by: a line without it is damaged.
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "resumed": {"last_validation": int},
+    "validation": {
+        "validation": int,
+        "epoch": _NUMBER,
+        "step": int,
+        "monitor": str,
+        "value": _NUMBER,
+        "decision": str,
+        "lr_before": _RATES,
+        "lr_after": _RATES,
+    },
+}
 
 
 def encode(event: Event) -> str:
@@ -39,15 +52,16 @@ def decode(line: str) -> Event:
     Raises
     ------
     ValueError
-        If the line is not a JSON object with an ``event``, or a validation without its number.
+        If the line is not a JSON object with an ``event``, or lacks what every event of its kind has.
     """
-    event = json.loads(line)
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+    parsed = json.loads(line)
+    if not isinstance(parsed, dict) or not isinstance(parsed.get("event"), str):
         raise ValueError("not an event")
-    numbered = _NUMBERED.get(event["event"])
-    if numbered and not isinstance(event.get(numbered), int):
-        raise ValueError(f"{event['event']} without {numbered}")
-    return {key: value if key in _AS_WRITTEN else _from_json(value) for key, value in event.items()}
+    event = {key: value if key in _AS_WRITTEN else _from_json(value) for key, value in parsed.items()}
+    for key, kind in _REQUIRED.get(event["event"], {}).items():
+        if not isinstance(event.get(key), kind):
+            raise ValueError(f"{event['event']} without {key}")
+    return event
 
 
 class Ledger:
@@ -64,12 +78,22 @@ class Ledger:
         self._seal_torn_line()
 
     def append(self, event: str, **fields: Any) -> Event:
-        """Add one event, flushed to the disk before this returns; ``time`` (Unix seconds) is added."""
+        """Add one event, flushed to the disk before this returns; ``time`` (Unix seconds) is added.
+
+        Raises
+        ------
+        InputError
+            If it cannot be written (the disk is full, the folder is gone).
+        """
         line = {"event": event, **fields, "time": round(time.time(), 3)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(encode(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(encode(line) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            problem = f"cannot be written ({error.strerror or error})"
+            raise InputError(str(self.path), problem, "free space or fix the permissions and start again") from error
         return line
 
     def _seal_torn_line(self) -> None:

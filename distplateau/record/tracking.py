@@ -22,19 +22,19 @@ _COUNTERS = ("best", "num_bad", "cooldown", "decision", "step", "samples_per_sec
 class Mirror(Protocol):
     """What the trainer asks of a tracker."""
 
-    def catch_up(self) -> None:
-        """Send the validations of the ledger that were not sent yet; call it after a checkpoint is durable."""
+    def catch_up(self, through: int) -> None:
+        """Send the validations up to that number that were not sent yet: a checkpoint that is durable covers them."""
         ...
 
     def finish(self) -> None:
-        """Send the rest and the summary, and close."""
+        """Send the rest and the summary if the run has finished, and close."""
         ...
 
 
 class NoMirror:
     """``tracking.wandb = "disabled"``."""
 
-    def catch_up(self) -> None:
+    def catch_up(self, through: int) -> None:
         """Do nothing."""
 
     def finish(self) -> None:
@@ -100,20 +100,20 @@ class WandbMirror:
         )
         self._run.define_metric("*", step_metric="epoch")
 
-    def catch_up(self) -> None:
-        """Send the validations that were not sent yet."""
+    def catch_up(self, through: int) -> None:
+        """Send the validations up to number `through` that were not sent yet."""
         sent = self._read_sent()
         for event in read_ledger(self._run_dir).validations:
-            if event["validation"] > sent:
+            if sent < event["validation"] <= through:
                 self._run.log(row(event))
                 sent = event["validation"]
         self._sent_path.write_text(json.dumps({"validation": sent}), encoding="utf-8")
 
     def finish(self) -> None:
-        """Send the rest and the summary, and close."""
-        self.catch_up()
+        """Send the rest and the summary if the run has finished, and close."""
         history = read_ledger(self._run_dir)
         if history.finished:
+            self.catch_up(len(history.validations))
             keys = ("best", "best_validation", "best_step", "reductions", "step", "epoch")
             self._run.summary.update({key: history.finished[key] for key in keys if key in history.finished})
         self._run.finish()

@@ -7,11 +7,15 @@ renamed; a manifest holds the SHA-256 of its files. Weights are safetensors, the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import math
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
+_WRITE_ERRORS = (OSError, RuntimeError, safetensors.SafetensorError)  # torch raises RuntimeError
+_FULL_BYTES = 2**20
 _MODEL, _OPTIMIZER, _STATE, _BEST, _AVERAGE, _BUFFERS, _MANIFEST = (
     "model.safetensors",
     "optimizer.pt",
@@ -53,6 +59,8 @@ class Checkpoint:
         State dict of the moving average of the weights, where there is one.
     buffers
         In the middle of an epoch: the buffers of each rank, which hold BatchNorm statistics of its own samples.
+    best
+        If its weights (the average, where there is one) are the best so far: what is to be written in their file.
     path
         Where it was read from; None before it is saved.
     """
@@ -62,7 +70,13 @@ class Checkpoint:
     state: dict[str, Any]
     average: Mapping[str, Tensor] | None = None
     buffers: Sequence[Mapping[str, Tensor]] = ()
+    best: Mapping[str, str] | None = None
     path: Path | None = None
+
+    @property
+    def judged(self) -> str:
+        """Return the name of the file with the weights that are validated."""
+        return _MODEL if self.average is None else _AVERAGE
 
     def best_weights(self) -> dict[str, Tensor]:
         """Read the best weights as they were at the checkpoint; empty if there were none."""
@@ -98,29 +112,31 @@ class CheckpointFolder:
     def save(self, checkpoint: Checkpoint, step: int) -> Path:
         """Write a checkpoint that is either there as a whole or not at all, then remove those that are too old.
 
+        If its weights are the best so far, they become those of the run.
+
         Raises
         ------
         InputError
             If the folder cannot be written (full, read-only); older checkpoints stay as they are.
         """
         final = self.path / f"step-{step:08d}"
-        partial = self.path / f".partial-step-{step:08d}"
+        unfinished = self.path / f".partial-step-{step:08d}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            self._write_files(checkpoint, partial)
-            _sync(partial)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+            self._write_files(checkpoint, unfinished)
+            _sync(unfinished)
             if final.exists():
                 shutil.rmtree(final)
-            partial.rename(final)
+            unfinished.rename(final)
             _sync(self.path)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise InputError(
-                str(self.path),
-                f"the checkpoint of step {step} cannot be written ({error.strerror or error})",
-                "free space or fix the permissions and start again; older checkpoints are whole",
-            ) from error
+            if checkpoint.best is not None:
+                self._publish_best(final)
+        except _WRITE_ERRORS as error:
+            problem = f"the checkpoint of step {step} cannot be written ({_reason(error, self.path)})"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            fix = "free space or fix the permissions and start again; older checkpoints are whole"
+            raise InputError(str(self.path), problem, fix) from error
         self._prune()
         return final
 
@@ -141,27 +157,40 @@ class CheckpointFolder:
     def restore_best(self, checkpoint: Checkpoint) -> None:
         """Put the best weights back as they were at the checkpoint: later ones belong to work that is done again."""
         assert checkpoint.path is not None
-        best = checkpoint.path / _BEST
+        self._publish_best(checkpoint.path)
+
+    def save_best(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+        """Write the run's best weights without a checkpoint.
+
+        Raises
+        ------
+        InputError
+            If they cannot be written.
+        """
+        path = self.run_dir / _MODEL
+        try:
+            save_weights(path, weights, metadata)
+        except _WRITE_ERRORS as error:
+            problem = f"the best weights cannot be written ({_reason(error, path.parent)})"
+            raise InputError(str(path), problem, "free space or fix the permissions and start again") from error
+
+    def _publish_best(self, folder: Path) -> None:
+        best = folder / _BEST
         if best.exists():
             _replace(self.run_dir / _MODEL, lambda path: _link(best, path))
 
     def _write_files(self, checkpoint: Checkpoint, folder: Path) -> None:
-        safetensors.torch.save_file(_contiguous(checkpoint.model), folder / _MODEL)
-        if checkpoint.average is not None:
-            safetensors.torch.save_file(_contiguous(checkpoint.average), folder / _AVERAGE)
-        if checkpoint.buffers:
-            by_rank = {f"{rank}/{name}": b for rank, held in enumerate(checkpoint.buffers) for name, b in held.items()}
-            safetensors.torch.save_file(_contiguous(by_rank), folder / _BUFFERS)
-        torch.save(checkpoint.optimizer, folder / _OPTIMIZER)
-        state = {"format": FORMAT, **checkpoint.state}
-        (folder / _STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        """Write each file in a thread of its own: writing, flushing and hashing do not hold Python's lock."""
+        files = _files(checkpoint)
         best = self.run_dir / _MODEL
-        if best.exists():
-            _link(best, folder / _BEST)
-        names = sorted(path.name for path in folder.iterdir())
-        for name in names:
-            _sync(folder / name)
-        manifest = {name: _sha256(folder / name) for name in names}
+        if checkpoint.best is None and best.exists():
+            files[_BEST] = partial(_link, best)
+        with ThreadPoolExecutor(len(files)) as pool:
+            digests = pool.map(lambda name: _write_and_digest(files[name], folder / name), files)
+            manifest = dict(zip(files, digests, strict=True))
+        if checkpoint.best is not None:
+            _link(folder / checkpoint.judged, folder / _BEST)
+            manifest[_BEST] = manifest[checkpoint.judged]
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(folder / _MANIFEST)
 
@@ -172,9 +201,44 @@ class CheckpointFolder:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _files(checkpoint: Checkpoint) -> dict[str, Callable[[Path], object]]:
+    """Return the names of the files and what writes each."""
+    tensors = {_MODEL: checkpoint.model}
+    if checkpoint.average is not None:
+        tensors[_AVERAGE] = checkpoint.average
+    if checkpoint.buffers:
+        by_rank = {f"{rank}/{name}": b for rank, held in enumerate(checkpoint.buffers) for name, b in held.items()}
+        tensors[_BUFFERS] = by_rank
+
+    def write_tensors(name: str, path: Path) -> None:
+        metadata = dict(checkpoint.best) if checkpoint.best is not None and name == checkpoint.judged else None
+        safetensors.torch.save_file(_contiguous(tensors[name]), path, metadata)
+
+    state = json.dumps({"format": FORMAT, **_plain_infinities(checkpoint.state)}, indent=1)
+    return {
+        **{name: partial(write_tensors, name) for name in tensors},
+        _OPTIMIZER: partial(torch.save, checkpoint.optimizer),
+        _STATE: lambda path: path.write_text(state, encoding="utf-8"),
+    }
+
+
+def _write_and_digest(write: Callable[[Path], object], path: Path) -> str:
+    write(path)
+    _sync(path)
+    return _sha256(path)
+
+
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write weights as safetensors, whole or not at all."""
-    _replace(path, lambda partial: safetensors.torch.save_file(_contiguous(weights), partial, dict(metadata)))
+    _replace(path, lambda unfinished: safetensors.torch.save_file(_contiguous(weights), unfinished, dict(metadata)))
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """Say why writing failed; torch and safetensors do not tell a full disk from other errors."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    is_full = folder.exists() and shutil.disk_usage(folder).free < _FULL_BYTES
+    return os.strerror(errno.ENOSPC) if is_full else " ".join(str(error).split())
 
 
 class _DamagedError(Exception):
@@ -190,7 +254,7 @@ def _read(path: Path) -> Checkpoint:
         for name, expected in manifest.items():
             if _sha256(path / Path(name).name) != expected:
                 raise _DamagedError(f"{name} is damaged: its SHA-256 is not the one in the manifest")
-        state = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        state = _real_infinities(json.loads((path / _STATE).read_text(encoding="utf-8")))
         if state.get("format") != FORMAT:
             raise _DamagedError(f"it has format {state.get('format')!r}, this version reads {FORMAT}")
         model = safetensors.torch.load_file(path / _MODEL)
@@ -203,7 +267,7 @@ def _read(path: Path) -> Checkpoint:
         raise _DamagedError(f"{Path(error.filename or '').name} is missing") from error
     except Exception as error:  # whatever a reader says of foreign bytes
         raise _DamagedError(f"it cannot be read ({type(error).__name__}: {error})") from error
-    return Checkpoint(model, optimizer, state, average, buffers, path)
+    return Checkpoint(model, optimizer, state, average, buffers, path=path)
 
 
 def _by_rank(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -226,11 +290,11 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    partial = path.with_name(f".partial-{path.name}")
-    partial.unlink(missing_ok=True)
-    write(partial)
-    _sync(partial)
-    partial.replace(path)
+    unfinished = path.with_name(f".partial-{path.name}")
+    unfinished.unlink(missing_ok=True)
+    write(unfinished)
+    _sync(unfinished)
+    unfinished.replace(path)
     _sync(path.parent)
 
 
@@ -253,3 +317,24 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _plain_infinities(value: Any) -> Any:
+    """JSON has no infinities; the best value of a run starts as one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"nonfinite": repr(value)}
+    if isinstance(value, dict):
+        return {key: _plain_infinities(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_infinities(item) for item in value]
+    return value
+
+
+def _real_infinities(value: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {"nonfinite"}:
+            return float(value["nonfinite"])
+        return {key: _real_infinities(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_real_infinities(item) for item in value]
+    return value

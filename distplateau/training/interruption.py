@@ -1,12 +1,14 @@
 """Stopping in an orderly way: a signal to any rank, one step boundary for all of them.
 
 A signal handler may not communicate, and the ranks are at different steps when a signal comes. So it only sets a flag.
-Every few steps the ranks add their flags up on a gloo group of their own, without waiting: the sum is read as many
-steps later, when it has long arrived, and it is the same on every rank, so that all of them stop after the same step.
+Every few steps the ranks reduce their flags to the largest on a gloo group of their own, without waiting: it is read as
+many steps later, when it has long arrived, and it is the same on every rank, so that all of them stop after the same
+step. What one rank alone knows otherwise, that it is time for a checkpoint or that the disk is full, goes the same way.
 """
 
 from __future__ import annotations
 
+import enum
 import signal
 import time
 from typing import TYPE_CHECKING, cast
@@ -22,6 +24,23 @@ RESUMABLE = 75
 # Issuing a vote costs 0.2 ms. Two rounds pass between a signal and the stop.
 _ROUND_SECONDS = 1.0
 _MEASURED_STEPS = 10
+
+
+class Call(enum.IntEnum):
+    """What a rank asks of all ranks; the largest number wins. Signals have their own."""
+
+    NOTHING = 0
+    CHECKPOINT = 1
+    SIGINT = signal.SIGINT
+    SIGUSR1 = signal.SIGUSR1
+    SIGUSR2 = signal.SIGUSR2
+    SIGTERM = signal.SIGTERM
+    FAILURE = 99
+
+    @property
+    def is_signal(self) -> bool:
+        """Return whether the run has to be interrupted."""
+        return Call.CHECKPOINT < self < Call.FAILURE
 
 
 class Interrupted(SystemExit):
@@ -50,7 +69,7 @@ class Interruption:
     """
 
     def __init__(self) -> None:
-        self.received: signal.Signals | None = None
+        self.received = Call.NOTHING
         self._before: dict[int, object] = {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if several else None
@@ -76,39 +95,45 @@ class Interruption:
         if self._group is not None and error is None:
             dist.destroy_process_group(self._group)
 
-    def agreed(self) -> str | None:
-        """Return the name of the signal if the ranks agree to stop after this step, else None. Collective in effect.
+    def agreed(self, request: Call = Call.NOTHING) -> Call:
+        """Return what the ranks agree to do after this step. Collective in effect.
 
         Waits for nothing but a vote that was issued some steps before; with one rank there is no vote.
+
+        Parameters
+        ----------
+        request
+            What this rank asks for, beside the signal it may have received; repeated until it is agreed.
         """
         if self._group is None:
-            return None if self.received is None else self.received.name
+            return max(self.received, request)
         self._steps += 1
         if self._steps % self._interval:
-            return None
-        numbers = self._count_votes()
+            return Call.NOTHING
+        agreed = self._count_votes()
         if self._steps == _MEASURED_STEPS and not self._measured:
             self._agree_on_interval()
-        flag = 0 if self.received is None else int(self.received)
-        votes = torch.tensor([flag], dtype=torch.int64)
+        # A checkpoint that is granted now need not be asked for again.
+        flag = self.received if request == agreed == Call.CHECKPOINT else max(self.received, request)
+        votes = torch.tensor([int(flag)], dtype=torch.int64)
         work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
         self._vote = work, votes
-        return signal.Signals(numbers).name if numbers else None
+        return agreed
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        if number == signal.SIGINT and self.received == Call.SIGINT:
             raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+        self.received = Call(number)
 
-    def _count_votes(self) -> int:
-        """Return the largest signal number of the vote before, 0 for none."""
+    def _count_votes(self) -> Call:
+        """Return the largest request of the vote before."""
         if self._vote is None:
-            return 0
+            return Call.NOTHING
         work, votes = self._vote
         work.wait()
         self._vote = None
-        return int(votes)
+        return Call(int(votes))
 
     def _agree_on_interval(self) -> None:
         """Take the number of steps in a round from the first rank's clock; the steps are all alike."""

@@ -38,6 +38,8 @@ class TrainStep:
     ----------
     train_loss
         Mean of the losses since the last validation; reduced together with its metrics.
+    before_update
+        Called when the gradients are there, before the weights change.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TrainStep:
         self.loss, self.augment = parts.objective.loss, parts.augment
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.train_loss = GlobalMean()
+        self.before_update: Callable[[], None] = lambda: None
         # Accelerate looks for optional packages at each call of backward() and zero_grad(): 0.2 ms a step, and all they
         # do without a gradient scaler is what is called here.
         scaled = accelerator.scaler is not None
@@ -81,6 +84,7 @@ class TrainStep:
         self._add_gradient(last[1] - last[0], plan.batch_size, step)
         if self.config.training.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.config.training.max_grad_norm)
+        self.before_update()
         self._optimizer.step()
         self._optimizer.zero_grad()
         return plan.batch_size

@@ -11,7 +11,7 @@ import platform
 import socket
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -20,23 +20,25 @@ from torch import Tensor
 
 import distplateau
 from distplateau.config import Config, dump_config, interval_in_steps
+from distplateau.errors import InputError
 from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
+from distplateau.record.ledger import Event, History, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.averaging import WeightAverage
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
-from distplateau.training.interruption import Interrupted, Interruption
+from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, sync_buffers
+from distplateau.training.writer import BackgroundWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable
     from pathlib import Path
 
     from accelerate import Accelerator
@@ -53,6 +55,25 @@ class Best:
     value: float
     validation: int = 0
     step: int = 0
+
+
+@dataclass
+class Unfinished:
+    """What has happened since the last validation; empty at one.
+
+    Parameters
+    ----------
+    train_loss
+        Exact sum of the training losses over all ranks.
+    buffers
+        Those of each rank: BatchNorm's statistics of its own samples.
+    nonfinite
+        Step and rank of the first training loss that was NaN or infinite.
+    """
+
+    train_loss: dict[str, int] | None = None
+    buffers: list[dict[str, Tensor]] = field(default_factory=list)
+    nonfinite: dict[str, int] | None = None
 
 
 def train(config: Config, *, override: bool = False) -> Path:
@@ -126,10 +147,19 @@ class Trainer:
         self.mirror: Mirror = NoMirror()
         self.checkpoints = CheckpointFolder(config.run_dir, config.checkpoint.keep)
         self.validate_every = interval_in_steps(config.training.validate_every, parts.length.steps_per_epoch)
-        self.checkpoint_every = interval_in_steps(config.checkpoint.every, parts.length.steps_per_epoch)
+        self.checkpoint_every = (
+            interval_in_steps(config.checkpoint.every, parts.length.steps_per_epoch)
+            if config.checkpoint.seconds is None
+            else None
+        )
         self.objective = parts.objective
         self.train_step = TrainStep(config, parts, self.data, self.model, self.optimizer, accelerator)
         self.metrics = {name: GlobalMean() for name in parts.metrics}
+        self._writer = BackgroundWriter(self.device)
+        self._failure: InputError | None = None
+        self._saved_time = time.monotonic()
+        self._validated_at = 0
+        self._nonfinite: dict[str, int] | None = None
         self._clock = _Clock()
 
     def run(self) -> None:
@@ -149,6 +179,7 @@ class Trainer:
                 self._loop(progress, interruption)
                 self._finish(progress)
             finally:
+                self._writer.close()
                 if self.main:
                     self.mirror.finish()
 
@@ -158,9 +189,12 @@ class Trainer:
         if self._end() is None:
             self.train_step.settle_buckets()
             self.train_step.begin(self.step)
-        saved_at = self.step
+        self.train_step.before_update = self._writer.wait_for_copy
+        first = self.step
         while self._end() is None:
             self._clock.samples += self.train_step(self.step)
+            if self.main and self.step == first:  # now the optimizer has its state
+                self._writer.reserve(vars(self._checkpoint(Unfinished())))
             self.scheduler.step_update()
             self.step += 1
             if self.average:
@@ -169,25 +203,59 @@ class Trainer:
             if self.step % self.validate_every == 0 or self.step == self.length.total_steps:
                 event = self._validate()
                 progress.validated(event, self.config.training.epochs, self._patience)
-                if self.step - saved_at >= self.checkpoint_every or self._end() is not None:
-                    saved_at = self.step
-                    self._save()
+            if self._checkpoint_is_due():
+                self._save(wait=self._end() is not None)
+            self._heed(interruption.agreed(self._request()))
+            if self._validated_at == self.step:
                 self._clock.restart()
-                self.train_step.restart()
-            reason = interruption.agreed()
-            if reason is not None and self._end() is None:
-                self._interrupt(reason)
+
+    def _heed(self, call: Call) -> None:
+        """Do what the ranks have agreed on. Every rank calls it with the same value."""
+        if call is Call.FAILURE:
+            self._fail()
+        elif self._end() is not None:
+            return
+        elif call is Call.CHECKPOINT:
+            self._save()
+        elif call.is_signal:
+            self._interrupt(call.name)
+
+    def _request(self) -> Call:
+        """Return what this rank has to ask of the others. Only the main rank has the clock and the disk."""
+        if not self.main:
+            return Call.NOTHING
+        self._attempt(self._writer.poll)
+        if self._failure is not None:
+            return Call.FAILURE
+        seconds = self.config.checkpoint.seconds
+        overdue = seconds is not None and time.monotonic() - self._saved_time >= seconds
+        return Call.CHECKPOINT if overdue else Call.NOTHING
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.checkpoint_every
+        return (every is not None and self.step % every == 0) or self._end() is not None
 
     def _interrupt(self, reason: str) -> NoReturn:
         """Save in the middle of an epoch, so that the run goes on with the same bits, and leave. Collective."""
-        label = f"the interruption at step {self.step}"
-        sums = consensus.exchange([self.train_step.train_loss.partial()], consensus.Fingerprint(), label=label)
-        own = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
-        self._save(train_loss=sums.partials[0], buffers=gather_object([own]) if own else ())
+        self._save(wait=True)
         if self.main:
+            if self._failure is not None:
+                raise self._failure
             epoch = self.step / self.length.steps_per_epoch
             self.ledger.append("interrupted", reason=reason, step=self.step, epoch=epoch)
         raise Interrupted(reason, self.step)
+
+    def _attempt(self, action: Callable[[], object]) -> None:
+        """Keep an error of the main rank until all have agreed to stop: alone it would leave them waiting for it."""
+        try:
+            action()
+        except InputError as error:
+            self._failure = self._failure or error
+
+    def _fail(self) -> NoReturn:
+        if self._failure is not None:
+            raise self._failure
+        raise InputError(str(self.config.run_dir), "the main rank cannot write there", "see its message")
 
     def _end(self) -> str | None:
         """Return why the run is at its end, None while it is not. The same on every rank, also after a resume."""
@@ -218,10 +286,12 @@ class Trainer:
         improved = self._note_best(decision)
         event = self._event(decision, consultation)
         self._mind_best(decision, improved=improved)
+        self._validated_at, self._nonfinite = self.step, None
+        self.train_step.restart()
         if self.main:
-            if improved:
-                self._save_best(decision)
-            event = self.ledger.append("validation", **event)
+            self._attempt(lambda: self.ledger.append("validation", **event))
+            if improved and not self._checkpoint_is_due():
+                self._attempt(self._save_best)
         return event
 
     def _note_best(self, decision: Decision) -> bool:
@@ -256,6 +326,8 @@ class Trainer:
 
         Only called when the reduced training loss says that there was one, which all ranks see alike.
         """
+        if self._nonfinite is not None:
+            return self._nonfinite
         mine = self.train_step.first_nonfinite()
         steps = gather_object([math.inf if mine is None else mine])
         step, rank = min((step, rank) for rank, step in enumerate(steps))
@@ -293,27 +365,69 @@ class Trainer:
 
     # What the run leaves behind.
 
-    def _save_best(self, decision: Decision) -> None:
-        metadata = {
-            "monitor": self.config.schedule.monitor,
-            "value": repr(decision.value),
-            "validation": str(decision.validation),
-            "step": str(self.step),
-        }
-        save_weights(self.config.run_dir / "model.safetensors", self._validated.state_dict(), metadata)
+    def _save_best(self) -> None:
+        """Write the best weights, where no checkpoint is due that would hold them. Main rank."""
+        metadata = self._best_metadata()
+        average = self._average_weights()
+        # Under the name that they have in a checkpoint: copied to the same memory.
+        name, weights = ("model", self._weights()) if average is None else ("average", average)
+        self._writer.submit({name: weights}, lambda copied: self.checkpoints.save_best(copied[name], metadata))
 
-    def _save(self, train_loss: Partial | None = None, buffers: Sequence[Mapping[str, Tensor]] = ()) -> None:
-        """Save after the decision, so that an observation is never lost or made twice.
+    def _weights(self) -> dict[str, Tensor]:
+        # Buffers change in the forward pass, before the writer has copied the rest.
+        buffers: dict[str, Tensor] = {name: buffer.clone() for name, buffer in self.network.named_buffers()}
+        weights: dict[str, Tensor] = self.network.state_dict()
+        return {name: buffers.get(name, tensor) for name, tensor in weights.items()}
+
+    def _average_weights(self) -> dict[str, Tensor] | None:
+        return dict(self.average.network.state_dict()) if self.average else None
+
+    def _best_metadata(self) -> dict[str, str]:
+        best = self.best
+        return {
+            "monitor": self.config.schedule.monitor,
+            "value": repr(best.value),
+            "validation": str(best.validation),
+            "step": str(best.step),
+        }
+
+    def _save(self, *, wait: bool = False) -> None:
+        """Save after the decision, so that an observation is never lost or made twice. Collective.
 
         Parameters
         ----------
-        train_loss
-            Sum over all ranks since the last validation, in the middle of an epoch.
-        buffers
-            Those of each rank, in the middle of an epoch.
+        wait
+            Return when it is on the disk; otherwise it is written while training goes on.
         """
-        if not self.main:
-            return
+        self._saved_time = time.monotonic()
+        unfinished = self._unfinished() if self._validated_at != self.step else Unfinished()
+        if self.main and self._failure is None:
+            checkpoint = self._checkpoint(unfinished)
+            self._attempt(lambda: self._write(checkpoint, wait=wait))
+
+    def _write(self, checkpoint: Checkpoint, *, wait: bool) -> None:
+        step, validations = self.step, self.scheduler.state.validations
+        if wait:
+            self._writer.wait()
+            self.checkpoints.save(checkpoint, step)
+            self.mirror.catch_up(validations)
+        else:
+            self._writer.submit(
+                vars(checkpoint),
+                lambda copied: self.checkpoints.save(Checkpoint(**copied), step),
+                lambda: self.mirror.catch_up(validations),
+            )
+
+    def _unfinished(self) -> Unfinished:
+        """Gather what the ranks hold since the last validation. Collective."""
+        label = f"the checkpoint at step {self.step}"
+        sums = consensus.exchange([self.train_step.train_loss.partial()], consensus.Fingerprint(), label=label)
+        own = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
+        nonfinite = None if sums.partials[0].finite else self._trace_nonfinite()
+        return Unfinished(asdict(sums.partials[0]), gather_object([own]) if own else [], nonfinite)
+
+    def _checkpoint(self, unfinished: Unfinished) -> Checkpoint:
+        """Collect what training continues from. The tensors are those that training goes on with. Main rank."""
         scaler = self.accelerator.scaler
         state = {
             "step": self.step,
@@ -323,13 +437,12 @@ class Trainer:
             "reductions": self.reductions,
             "run_id": self.run_id,
             "scaler": None if scaler is None else scaler.state_dict(),
-            "train_loss": None if train_loss is None else asdict(train_loss),
+            "train_loss": unfinished.train_loss,
+            "nonfinite": unfinished.nonfinite,
         }
+        best = self._best_metadata() if self.best.validation and self.best.step == self.step else None
         optimizer = self.optimizer.state_dict()
-        average = self.average.network.state_dict() if self.average else None
-        checkpoint = Checkpoint(self.network.state_dict(), optimizer, _plain_infinities(state), average, buffers)
-        self.checkpoints.save(checkpoint, self.step)
-        self.mirror.catch_up()
+        return Checkpoint(self._weights(), optimizer, state, self._average_weights(), unfinished.buffers, best)
 
     def _resume(self) -> Checkpoint | None:
         """Continue from the newest checkpoint that is whole. Every rank reads it."""
@@ -338,7 +451,7 @@ class Trainer:
             self.accelerator.print(f"checkpoint {one.path} is passed over: {one.reason}")
         if checkpoint is None:
             return None
-        state = _real_infinities(checkpoint.state)
+        state = checkpoint.state
         self.network.load_state_dict(dict(checkpoint.model))
         if len(checkpoint.buffers) == self.world_size:
             self.network.load_state_dict(dict(checkpoint.buffers[self.rank]), strict=False)
@@ -355,21 +468,23 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.reductions, self.run_id = state["step"], state["reductions"], state["run_id"]
         self.best = Best(**state["best"])
+        self._nonfinite = state.get("nonfinite")
         return checkpoint
 
     def _open_record(self, resumed: Checkpoint | None) -> None:
         """Write the configuration and the first event, open the mirror. Main rank."""
         run_dir = self.config.run_dir
-        started_before = (run_dir / FILE_NAME).exists()
+        before = _read_history(run_dir)
         self.ledger = Ledger(run_dir)
         (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         last_validation = 0
         if resumed is not None:
             self.checkpoints.restore_best(resumed)
             last_validation = int(resumed.state["validations"])
-        if not started_before:
+        if before is None or not before.start:
             self.ledger.append("start", run=self.config.run.name, **self._circumstances(), **self._description())
-        elif read_ledger(run_dir).finished is None or self._end() is None:
+        is_over = before is not None and before.finished is not None and self._end() is not None
+        if (before is not None or resumed is not None) and not is_over:
             self.ledger.append("resumed", last_validation=last_validation, step=self.step, **self._circumstances())
         self.mirror = open_mirror(self.config, self.run_id)
 
@@ -425,6 +540,9 @@ class Trainer:
             progress.say(f"resumed from {resumed.path} after validation {resumed.state['validations']}")
 
     def _finish(self, progress: ProgressReport) -> None:
+        self._attempt(self._writer.wait)
+        if self._failure is not None:
+            raise self._failure
         if self.main and read_ledger(self.config.run_dir).finished is None:
             self.ledger.append(
                 "finished",
@@ -462,6 +580,14 @@ class _Clock:
         return max(self._train_end - self._start, 1e-9), now - self._start
 
 
+def _read_history(run_dir: Path) -> History | None:
+    """Return what the ledger holds, None if there is none or nothing in it can be read."""
+    try:
+        return read_ledger(run_dir)
+    except InputError:
+        return None
+
+
 def _training_seconds(validations: list[Event]) -> float:
     return round(sum(event["seconds"] for event in validations), 3)
 
@@ -470,24 +596,3 @@ def _device_name(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" if device.type == "cpu" else str(device)
     )
-
-
-def _plain_infinities(value: Any) -> Any:
-    """JSON has no infinities; `best` starts as one."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"nonfinite": repr(value)}
-    if isinstance(value, dict):
-        return {key: _plain_infinities(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_infinities(item) for item in value]
-    return value
-
-
-def _real_infinities(value: Any) -> Any:
-    if isinstance(value, dict):
-        if value.keys() == {"nonfinite"}:
-            return float(value["nonfinite"])
-        return {key: _real_infinities(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_real_infinities(item) for item in value]
-    return value
