@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -66,6 +66,9 @@ class Section(BaseModel):
     """What all sections share: no unknown keys, no silent conversions, no change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Model = TypeVar("Model", bound=Section)
 
 
 class RunSection(Section):
@@ -291,7 +294,7 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     InputError
         For a missing or broken file, an unknown key, a wrong type or a value out of range.
     """
-    tree = _read_toml(Path(path))
+    tree = read_toml(Path(path))
     for key, text in (overrides or {}).items():
         _set(tree, key, _parse_value(key, text))
     return parse_config(tree)
@@ -305,10 +308,21 @@ def parse_config(tree: dict[str, Any]) -> Config:
     InputError
         For the first thing that is wrong.
     """
+    return parse_model(Config, tree)
+
+
+def parse_model(model: type[Model], tree: dict[str, Any]) -> Model:
+    """Validate a tree of plain values against sections of typed keys.
+
+    Raises
+    ------
+    InputError
+        For the first thing that is wrong.
+    """
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise _input_error(error) from None
+        raise _input_error(error, model) from None
 
 
 def dump_config(config: Config) -> str:
@@ -320,26 +334,35 @@ def dump_config(config: Config) -> str:
     return tomli_w.dumps(tree)
 
 
-def dotted_keys() -> dict[str, str]:
+def dotted_keys(model: type[Section] | None = None) -> dict[str, str]:
     """Return every dotted key with its description and default, for ``--help`` and for suggestions."""
     keys = {}
-    for section, field in Config.model_fields.items():
-        model = field.annotation
-        assert isinstance(model, type) and issubclass(model, Section)
-        for name, inner in model.model_fields.items():
+    for section, field in (model or Config).model_fields.items():
+        inner_model = field.annotation
+        if not (isinstance(inner_model, type) and issubclass(inner_model, Section)):
+            keys[section] = field.description or ""
+            continue
+        for name, inner in inner_model.model_fields.items():
             default = "" if inner.default is None else f"  [{inner.default}]"
             keys[f"{section}.{name}"] = f"{inner.description or ''}{default}"
     return keys
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path, what: str = "a run's TOML file") -> dict[str, Any]:
+    """Read a TOML file; `what` is what it should have been.
+
+    Raises
+    ------
+    InputError
+        If there is no such file, or it is not valid TOML.
+    """
     try:
         # Windows editors put a byte order mark in front.
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        raise InputError(str(path), "there is no such file", "give the path of a run's TOML file") from None
+        raise InputError(str(path), "there is no such file", f"give the path of {what}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(str(path), f"cannot be read ({error})", "give the path of a run's TOML file") from None
+        raise InputError(str(path), f"cannot be read ({error})", f"give the path of {what}") from None
     except ValueError as error:  # TOMLDecodeError, or a number with thousands of digits
         raise InputError(str(path), f"is not valid TOML ({error})", "mend that line") from None
 
@@ -366,7 +389,7 @@ def _set(tree: dict[str, Any], key: str, value: Any) -> None:
     tree[last] = value
 
 
-def _input_error(error: ValidationError) -> InputError:
+def _input_error(error: ValidationError, model: type[Section]) -> InputError:
     """Turn pydantic's first complaint into one line with the dotted key, the value and the fix."""
     errors = error.errors(include_url=False)
     alternatives = [detail for detail in errors if detail["loc"][:2] == errors[0]["loc"][:2]]
@@ -375,18 +398,17 @@ def _input_error(error: ValidationError) -> InputError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, InputError):
         return cause
-    key, value, kind = _dotted(first["loc"]), first["input"], first["type"]
+    key, value, kind = _dotted(first["loc"], model), first["input"], first["type"]
     if kind == "extra_forbidden":
-        return InputError(key, "unknown key", _key_suggestion(key), value=value)
+        return InputError(key, "unknown key", _key_suggestion(key, model), value=value)
     if kind in {"model_type", "model_attributes_type"}:
         return InputError(key, "is a table, not a value", f"write [{key}] and its keys below", value=value)
-    return InputError(key, _problem(first), _expected(key), value=value)
+    return InputError(key, _problem(first), _expected(key, model), value=value)
 
 
-def _dotted(loc: tuple[int | str, ...]) -> str:
+def _dotted(loc: tuple[int | str, ...], model: Any) -> str:
     """Drop the names of union members that pydantic adds behind the key; keep list positions."""
     path: list[str] = []
-    model: Any = Config
     for part in loc:
         if isinstance(part, int):
             path.append(str(part))
@@ -406,17 +428,17 @@ def _problem(detail: Any) -> str:
     return message[0].lower() + message[1:]
 
 
-def _expected(key: str) -> str:
+def _expected(key: str, model: type[Section]) -> str:
     section, _, name = key.partition(".")
-    description = dotted_keys().get(f"{section}.{name.split('.')[0]}", "")
+    description = dotted_keys(model).get(f"{section}.{name.split('.')[0]}" if name else section, "")
     return f"expected: {description.strip()}" if description.strip() else "see distplateau train --help"
 
 
-def _key_suggestion(key: str) -> str:
+def _key_suggestion(key: str, model: type[Section]) -> str:
     section, _, name = key.partition(".")
     if not name:
-        return closest(key, Config.model_fields)
+        return closest(key, model.model_fields)
     if key.startswith("optimizer.groups."):
         return closest(key.rpartition(".")[2], ParamGroup.model_fields)
-    names = {full.split(".", 1)[1] for full in dotted_keys() if full.startswith(f"{section}.")}
+    names = {full.split(".", 1)[1] for full in dotted_keys(model) if full.startswith(f"{section}.")}
     return closest(name, names)
