@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -53,6 +54,32 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     if _is_first_rank():
         _write_report(run_dir)
     return DONE
+
+
+def _submit(options: argparse.Namespace, rest: list[str]) -> int:
+    from distplateau.cluster import submit
+
+    overrides, grid = _overrides(rest), _grid(options.grid)
+    if options.dry_run:
+        sys.stdout.write(submit.dry_run(options.config, options.cluster, overrides, grid))
+        return DONE
+    submitted = submit.submit(options.config, options.cluster, overrides, grid)
+    for one in submitted:
+        sys.stdout.write(f"job {one.job_id}  {one.run_dir}\n")
+    sys.stdout.flush()
+    return submit.wait(submitted) if options.wait else DONE
+
+
+def _grid(texts: list[str]) -> dict[str, list[str]]:
+    """Read ``section.key=a,b,c``; a list in brackets is one value."""
+    grid = {}
+    for text in texts:
+        key, equals, values = text.partition("=")
+        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", values)]
+        if not equals or "." not in key or not all(parts):
+            raise InputError("--grid", "is no key with values", "write --grid section.key=a,b,c", value=text)
+        grid[key] = list(dict.fromkeys(parts))
+    return grid
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
@@ -104,6 +131,25 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", choices=["auto", "override"], default="auto", help="override: continue with other settings"
     )
     command.set_defaults(run=_train)
+
+    command = commands.add_parser(
+        "submit",
+        help="send a run, or a sweep of runs, to a Slurm cluster",
+        description="Send a run to a Slurm cluster: it survives time limits, preemption and dead nodes, and goes on "
+        "with the code and the settings of the submission. Any configuration key can be given as an option.",
+    )
+    command.add_argument("config", type=Path, metavar="CONFIG.toml", help="the run")
+    command.add_argument(
+        "--cluster", required=True, metavar="PROFILE.toml", help='the cluster; "local" for processes on this machine'
+    )
+    command.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=A,B,C", help="a run for each value, and each combination"
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the batch script, send nothing"
+    )
+    command.add_argument("--wait", action="store_true", help="return when the run is done, with its exit code")
+    command.set_defaults(run=_submit)
 
     command = commands.add_parser("evaluate", help="test loss and accuracy of a run's best weights")
     command.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ _KEYWORD_KINDS = {inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEY
 def import_function(key: str, name: str) -> Callable[..., Any]:
     """Return the function ``package.module:function``; its module may lie in the current folder.
 
+    In a job that was submitted, the folder with the code as it was then takes the place of the current one.
+
     Parameters
     ----------
     key
@@ -31,7 +34,7 @@ def import_function(key: str, name: str) -> Callable[..., Any]:
         If the module cannot be imported, whatever it raises, or has no callable of that name.
     """
     module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
+    here = os.environ.get("DISTPLATEAU_CODE") or str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:

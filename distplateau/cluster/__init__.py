@@ -1,0 +1,1 @@
+"""Getting a run onto the machines of a cluster, and back there when it was interrupted."""

@@ -1,0 +1,131 @@
+"""The end of a batch script: what becomes of the job. Run by the shell of the job's first node, without torch.
+
+    python -m distplateau.cluster.requeue RUN CODE MAX_REQUEUES
+
+Slurm takes a job whose ranks saved and left for one that is done, and an interrupted run would stay where it is. So
+the script asks for the job to be queued again, unless it is done, was cancelled, or nothing would come of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from distplateau.cluster import queue
+from distplateau.errors import InputError
+from distplateau.record.ledger import read_ledger
+
+DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 75
+FAILURES = "failures.json"
+# The same failure at the same checkpoint: the first may have been the machine's, the second is the program's.
+MOST_ALIKE = 2
+_KILL_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a stretch of the job ended.
+
+    Parameters
+    ----------
+    code
+        Exit code of the ranks.
+    checkpoint
+        Newest checkpoint at that time, empty if there was none.
+    times
+        How often in a row it ended so.
+    """
+
+    code: int
+    checkpoint: str
+    times: int = 1
+
+
+def verdict(code: int, restarts: int, max_requeues: int, *, interrupted: bool, failure: Failure) -> str | None:
+    """Return why a job is not queued again, None if it is.
+
+    Parameters
+    ----------
+    code
+        Exit code of the ranks.
+    interrupted
+        Whether the ledger ends with an interruption: everything was saved, whatever the exit code became.
+    failure
+        The way it ended, with its count.
+    """
+    if code == DONE:
+        return "it is done"
+    if code == WRONG_INPUT:
+        return "its input is wrong, which another try would not change"
+    if restarts >= max_requeues:
+        return f"it came back {restarts} times already (slurm.max_requeues = {max_requeues})"
+    if not interrupted and code != INTERRUPTED and failure.times >= MOST_ALIKE:
+        where = failure.checkpoint or "its start"
+        return f"it failed {failure.times} times in a row with code {code} after {where}: look into the logs"
+    return None
+
+
+def main(arguments: list[str]) -> int:
+    """Decide, ask Slurm, and return the exit code that the batch script has to end with."""
+    run_dir, code, max_requeues = Path(arguments[0]), int(arguments[1]), int(arguments[2])
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    interrupted = was_interrupted(run_dir)
+    failure = count_failure(run_dir, code)
+    reason = verdict(code, restarts, max_requeues, interrupted=interrupted, failure=failure)
+    job_id = own_job_id()
+    if reason is None:
+        state = queue.job_state(job_id)
+        if state is not None and state.name == "CANCELLED":
+            reason = "it was cancelled"
+    if reason is None:
+        _say(f"queued again ({restarts + 1} of {max_requeues}), from the newest whole checkpoint")
+        reason = queue.requeue(job_id)
+        if reason is None:
+            # Slurm ends this script; if it ended by itself before, the job would count as done.
+            time.sleep(_KILL_SECONDS)
+            reason = "Slurm did not take it"
+    _say(f"not queued again: {reason}")
+    return code
+
+
+def own_job_id() -> str:
+    """Return what Slurm calls this job; a task of an array is queued again on its own."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+
+
+def was_interrupted(run_dir: Path) -> bool:
+    """Return whether the last thing that the run recorded is that all was saved."""
+    try:
+        return read_ledger(run_dir).events[-1]["event"] == "interrupted"
+    except InputError:
+        return False
+
+
+def count_failure(run_dir: Path, code: int) -> Failure:
+    """Compare how it ended with how it ended before, and note it for the next time."""
+    path = run_dir / "submission" / FAILURES
+    checkpoints = sorted(folder.name for folder in (run_dir / "checkpoints").glob("step-*"))
+    failure = Failure(code, checkpoints[-1] if checkpoints else "")
+    try:
+        before = Failure(**json.loads(path.read_text(encoding="utf-8")))
+        if (before.code, before.checkpoint) == (failure.code, failure.checkpoint):
+            failure = Failure(code, failure.checkpoint, before.times + 1)
+    except (OSError, ValueError, TypeError):
+        pass  # the first one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    return failure
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"distplateau: job {own_job_id()} is {text}\n")
+    sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

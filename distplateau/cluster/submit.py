@@ -1,0 +1,328 @@
+"""Submission: everything that can be wrong is said before the queue, everything a job needs is frozen, then sbatch."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distplateau.cluster import job, queue
+from distplateau.cluster.freeze import freeze, make_private
+from distplateau.cluster.profile import Profile, load_profile
+from distplateau.config import load_config, parse_model
+from distplateau.errors import InputError
+from distplateau.record.ledger import read_ledger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from submitit import Executor
+
+    from distplateau.config import Config
+
+LOCAL = "local"
+JOBS_FILE = "jobs.jsonl"
+_POLL_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run and the job that trains it."""
+
+    run_dir: Path
+    job_id: str
+
+
+def submit(
+    config_path: Path,
+    cluster: str,
+    overrides: Mapping[str, str],
+    grid: Mapping[str, Sequence[str]],
+) -> list[Submitted]:
+    """Submit a run, or one for each point of a grid as a job array.
+
+    Parameters
+    ----------
+    cluster
+        Path of a profile, or ``local`` for processes on this machine.
+    overrides
+        Dotted key -> text, as for ``distplateau train``.
+    grid
+        Dotted key -> texts; every combination is a run of its own.
+
+    Raises
+    ------
+    InputError
+        For whatever is wrong with configuration, data, profile or run folder, and for what sbatch refuses.
+    """
+    profile, configs = _prepare(config_path, cluster, overrides, grid)
+    for config in configs:
+        check(config, profile)
+        make_private(config.run_dir)
+    payloads = []
+    for config in configs:
+        frozen = freeze(config, config.run_dir.absolute(), Path.cwd())
+        payloads.append((str(frozen), str(frozen.parent / "code")))
+    executor = _executor(_home(configs), cluster, profile, configs)
+    jobs = _send(executor, payloads, local=cluster == LOCAL)
+    submitted = [Submitted(config.run_dir.absolute(), job_id) for config, job_id in zip(configs, jobs, strict=True)]
+    for one in submitted:
+        _note(one, cluster)
+    return submitted
+
+
+def dry_run(config_path: Path, cluster: str, overrides: Mapping[str, str], grid: Mapping[str, Sequence[str]]) -> str:
+    """Check everything and return the batch script; nothing is written or submitted.
+
+    Raises
+    ------
+    InputError
+        As `submit`.
+    """
+    profile, configs = _prepare(config_path, cluster, overrides, grid)
+    for config in configs:
+        check(config, profile)
+    if cluster == LOCAL:
+        return f"{profile.slurm.most_ranks} processes on this machine, no batch script\n"
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    parameters = _parameters(_home(configs), profile, configs)
+    if len(configs) > 1:
+        parameters["map_count"] = len(configs)
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(_logs(configs)))}"
+    return _make_sbatch_string(command=command, folder=_logs(configs), **parameters) + "\n"
+
+
+def check(config: Config, profile: Profile) -> None:
+    """Say before the queue what would fail behind it: data, model, settings, ranks, another job of the same run.
+
+    Raises
+    ------
+    InputError
+        For the first thing that is wrong.
+    """
+    ranks = profile.slurm.most_ranks
+    if config.data.global_batch_size < ranks:
+        problem = f"is smaller than the {ranks} ranks of the profile"
+        raise InputError(
+            "data.global_batch_size", problem, f"use at least {ranks}", value=config.data.global_batch_size
+        )
+    for one in submissions(config.run_dir):
+        state = queue.job_state(one) if one.partition("_")[0].isdigit() else None
+        if state is not None and not state.has_ended:
+            problem = f"is being trained by job {one} ({state.name})"
+            raise InputError(str(config.run_dir), problem, f"choose another run.name, or end that job: scancel {one}")
+    from distplateau.training.setup import check_run_folder, prepare_parts
+
+    if config.run_dir.exists():
+        check_run_folder(config, override=False)
+    prepare_parts(config)
+
+
+def wait(submitted: Sequence[Submitted]) -> int:
+    """Return when all jobs are done, with the largest exit code; a requeue is no end."""
+    return max(_wait_for(one) for one in submitted)
+
+
+def submissions(run_dir: Path) -> list[str]:
+    """Return the ids of the jobs that were submitted for a run, oldest first."""
+    path = run_dir / "submission" / JOBS_FILE
+    if not path.exists():
+        return []
+    return [json.loads(line)["job_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def expand_grid(grid: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Return name and overrides of each point: ``patience=3,factor=0.5``.
+
+    The last part of a key names it, more of it where that is not enough.
+    """
+    shorts = {key: key.rpartition(".")[2] for key in grid}
+    for values in itertools.product(*grid.values()):
+        point = dict(zip(grid, values, strict=True))
+        parts = [
+            f"{key if list(shorts.values()).count(shorts[key]) > 1 else shorts[key]}={value}"
+            for key, value in point.items()
+        ]
+        yield ",".join(parts).replace("/", "_"), point
+
+
+def _prepare(
+    config_path: Path, cluster: str, overrides: Mapping[str, str], grid: Mapping[str, Sequence[str]]
+) -> tuple[Profile, list[Config]]:
+    profile = _local_profile() if cluster == LOCAL else load_profile(cluster)
+    if cluster != LOCAL and shutil.which("sbatch") is None:
+        raise InputError("sbatch", "is not on this machine", "submit from a login node, or use --cluster local")
+    config = load_config(config_path, dict(overrides))
+    if not grid:
+        return profile, [config]
+    home = config.run_dir
+    for key in ("run.name", "run.dir"):
+        if key in grid:
+            raise InputError(
+                key, "cannot vary in a grid", "each point gets a folder of its own below <run.dir>/<run.name>"
+            )
+    points = []
+    for name, point in expand_grid(grid):
+        named = {"run.dir": str(home), "run.name": json.dumps(name)}
+        points.append(load_config(config_path, {**overrides, **point, **named}))
+    return profile, points
+
+
+def _local_profile() -> Profile:
+    import torch
+
+    ranks = max(1, torch.cuda.device_count())
+    return parse_model(Profile, {"slurm": {"tasks_per_node": ranks}})
+
+
+def _home(configs: Sequence[Config]) -> Path:
+    """Return the folder of the run, or of the sweep that the runs belong to."""
+    first = configs[0].run_dir.absolute()
+    return first if len(configs) == 1 else first.parent
+
+
+def _logs(configs: Sequence[Config]) -> Path:
+    return _home(configs) / "logs"
+
+
+def _executor(home: Path, cluster: str, profile: Profile, configs: Sequence[Config]) -> Executor:
+    import submitit
+
+    logs = home / "logs"
+    make_private(home)
+    make_private(logs)
+    if cluster == LOCAL:
+        executor: Executor = submitit.LocalExecutor(logs)
+        executor.update_parameters(tasks_per_node=profile.slurm.tasks_per_node, timeout_min=60 * 24 * 365)
+        return executor
+    executor = submitit.SlurmExecutor(logs)
+    executor.update_parameters(**_parameters(home, profile, configs))
+    return executor
+
+
+def _parameters(home: Path, profile: Profile, configs: Sequence[Config]) -> dict[str, Any]:
+    """Return what submitit makes the batch script of."""
+    section = profile.slurm
+    plain = ("partition", "account", "qos", "constraint", "mem", "gres", "exclude", "gpus_per_node", "cpus_per_task")
+    given = {name: getattr(section, name) for name in plain if getattr(section, name) is not None}
+    further = {"requeue": True, **section.extra}
+    if section.reservation is not None:
+        further["reservation"] = section.reservation
+    if isinstance(section.nodes, str):
+        further["nodes"] = section.nodes
+    return {
+        **given,
+        "job_name": home.name,
+        "time": section.minutes,
+        "nodes": section.most_nodes,
+        "ntasks_per_node": section.tasks_per_node,
+        "signal_delay_s": section.signal_seconds,
+        "array_parallelism": section.array_parallelism,
+        "wckey": None,
+        "additional_parameters": further,
+        # One rank that dies must not leave the others waiting for it; those that save may take some seconds.
+        "srun_args": ["--wait=60", *section.srun_args],
+        "setup": _setup(profile, configs),
+        "teardown": _teardown(section.max_requeues, configs),
+    }
+
+
+def _setup(profile: Profile, configs: Sequence[Config]) -> list[str]:
+    """Return what the batch shell does on the job's first node before the ranks start."""
+    python = shlex.quote(sys.executable)
+    probe = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
+    exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.slurm.env.items()]
+    code = _run_variable(configs) + "/submission/code"
+    return [
+        # The shell has to be alive when the ranks have saved; srun gets its own signals.
+        "trap : TERM USR1 USR2",
+        *profile.setup,
+        *exports,
+        # Since Slurm 22.05 srun does not take it over from sbatch.
+        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then',
+        "    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
+        "fi",
+        # This is the machine of rank 0: a port that is free here, another one in each job, step and requeue.
+        f'export MASTER_PORT=${{MASTER_PORT:-$({python} -c "{probe}")}}',
+        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
+    ]
+
+
+def _teardown(max_requeues: int, configs: Sequence[Config]) -> list[str]:
+    python = shlex.quote(sys.executable)
+    return [
+        "code=$?",
+        f"{python} -m distplateau.cluster.requeue {_run_variable(configs)} $code {max_requeues}",
+        "exit $?",
+    ]
+
+
+def _run_variable(configs: Sequence[Config]) -> str:
+    """Return the run folder as the shell of the job finds it: by the task's number in an array."""
+    folders = [shlex.quote(str(config.run_dir.absolute())) for config in configs]
+    if len(folders) == 1:
+        return folders[0]
+    return f'"$(RUNS=({" ".join(folders)}); echo "${{RUNS[$SLURM_ARRAY_TASK_ID]}}")"'
+
+
+def _send(executor: Executor, payloads: Sequence[tuple[str, str]], *, local: bool) -> list[str]:
+    from submitit.core.utils import FailedJobError
+
+    port = [_free_port()] if local else []
+    try:
+        if len(payloads) == 1:
+            return [executor.submit(job.run, *payloads[0], *port).job_id]
+        with executor.batch():
+            jobs = [executor.submit(job.run, *payload, *port) for payload in payloads]
+        return [one.job_id for one in jobs]
+    except (FailedJobError, subprocess.CalledProcessError) as error:
+        said = " ".join(str(getattr(error, "stderr", None) or error).split())
+        raise InputError("sbatch", f"refused the job ({said})", "mend the cluster profile") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def _note(one: Submitted, cluster: str) -> None:
+    line = {"job_id": one.job_id, "cluster": cluster, "time": round(time.time(), 3), "user": os.environ.get("USER", "")}
+    with (one.run_dir / "submission" / JOBS_FILE).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def _wait_for(one: Submitted) -> int:
+    """Poll until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
+    unknown = 0
+    while unknown < 3:
+        state = queue.job_state(one.job_id)
+        unknown = unknown + 1 if state is None else 0
+        if state is not None and state.has_ended:
+            # A job that is about to be requeued shows its end for a moment.
+            time.sleep(_POLL_SECONDS)
+            again = queue.job_state(one.job_id)
+            if again is None or again.has_ended:
+                return _exit_code(one, state)
+        time.sleep(_POLL_SECONDS)
+    return _exit_code(one, None)
+
+
+def _exit_code(one: Submitted, state: queue.JobState | None) -> int:
+    try:
+        finished = read_ledger(one.run_dir).finished is not None
+    except InputError:
+        finished = False
+    if finished:
+        return 0
+    return (state.exit_code if state else None) or 1
