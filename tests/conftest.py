@@ -44,3 +44,20 @@ def _restore_environment(before: dict[str, str]) -> list[str]:
         if key in before:
             os.environ[key] = before[key]
     return changed
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory):
+    """Give a real Slurm cluster of four nodes, on this machine."""
+    import slurm
+
+    reason = slurm.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    up = slurm.LocalCluster(tmp_path_factory.mktemp("slurm") / "cluster")
+    done = up.tool("up")
+    if done.returncode == 2:
+        pytest.skip(done.stderr.strip())
+    assert done.returncode == 0, done.stderr
+    yield up
+    up.tool("down")

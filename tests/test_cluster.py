@@ -1,0 +1,261 @@
+"""Runs on a real Slurm cluster: submitted, interrupted in every way, and the same as if left alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from distplateau.record.ledger import read_ledger
+
+KEYS = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad")
+# On the cluster a run takes a quarter of a minute, so that there is time to disturb it.
+CONFIG = """
+[run]
+name = "run"
+[data]
+global_batch_size = 32
+validation_size = 400
+[model.args]
+hidden = [64]
+dropout = 0.2
+[schedule]
+patience = 1
+factor = 0.5
+threshold = 0.02
+[training]
+epochs = {epochs}
+[checkpoint]
+every = "10 steps"
+[tracking]
+wandb = "disabled"
+"""
+PROFILE = """
+[slurm]
+nodes = {nodes}
+tasks_per_node = 2
+cpus_per_task = 1
+partition = "{partition}"
+time = "{time}"
+signal_delay = "{delay}"
+max_requeues = {max_requeues}
+[slurm.extra]
+exclusive = true
+[slurm.env]
+ACCELERATE_USE_CPU = "true"
+GLOO_SOCKET_IFNAME = "lo"
+{env}
+"""
+DEFAULTS = {
+    "nodes": 2, "partition": "low", "time": "00:10:00", "delay": "20s", "max_requeues": 5, "env": "",
+}  # fmt: skip
+EPOCHS = 40
+
+
+class Runs:
+    """Submits from a folder whose name has a space and a quote in it."""
+
+    def __init__(self, cluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder / "it's mine"
+        self.folder.mkdir()
+
+    def submit(self, name: str, *options: str, epochs: int = EPOCHS, **profile) -> str:
+        (self.folder / "run.toml").write_text(CONFIG.format(epochs=epochs))
+        (self.folder / "profile.toml").write_text(PROFILE.format(**{**DEFAULTS, **profile}))
+        command = [sys.executable, "-m", "distplateau", "submit", "run.toml", "--cluster", "profile.toml",
+                   "--run.name", name, *options]  # fmt: skip
+        said = self.cluster.run(*command, cwd=self.folder)
+        return said.split()[1]
+
+    def events(self, name: str) -> list[dict]:
+        path = self.folder / "runs" / name / "ledger.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def wait_for_validation(self, name: str, number: int) -> None:
+        def is_there():
+            return any(e["event"] == "validation" and e["validation"] >= number for e in self.events(name))
+
+        self.cluster.wait_for(is_there)
+
+    def trace(self, name: str) -> list[list]:
+        return [[event[key] for key in KEYS] for event in read_ledger(self.folder / "runs" / name).validations]
+
+    def finish(self, name: str, job: str, seconds: float = 200.0) -> list[str]:
+        """Wait for the end, return the events that are no validations."""
+        self.cluster.wait_for_state(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", seconds=seconds)
+        assert self.cluster.state(job) == "COMPLETED", self.logs(name)
+        return [event["event"] for event in self.events(name) if event["event"] != "validation"]
+
+    def logs(self, name: str) -> str:
+        paths = sorted((self.folder / "runs" / name / "logs").glob("*_log.*"))
+        return "\n".join(f"{path.name}:\n{path.read_text()[-3000:]}" for path in paths)
+
+
+@pytest.fixture(scope="module")
+def runs(cluster, tmp_path_factory):
+    return Runs(cluster, tmp_path_factory.mktemp("submitted"))
+
+
+@pytest.fixture(scope="module")
+def whole(runs):
+    """The run that is left alone."""
+    assert runs.finish("whole", runs.submit("whole")) == ["start", "finished"]
+    return runs.trace("whole")
+
+
+def assert_survived(runs, whole, name, job, *, ranks=4):
+    events = runs.finish(name, job)
+    assert events[0] == "start" and events[-1] == "finished"
+    assert "resumed" in events, events
+    assert runs.trace(name) == whole
+    assert len(whole) == EPOCHS
+    history = read_ledger(runs.folder / "runs" / name)
+    resumed = [event for event in history.events if event["event"] == "resumed"]
+    assert resumed[-1]["restart_count"] == runs.cluster.restarts(job) == len(resumed)
+    assert resumed[-1]["slurm_job_id"] == job
+    assert {event["ranks"] for event in history.validations} == {ranks}
+
+
+def test_preempted_with_grace_it_ends_as_if_nothing_had_been(runs, whole):
+    job = runs.submit("preempted")
+    runs.wait_for_validation("preempted", 5)
+    runs.cluster.preempt(runs.folder)
+    assert_survived(runs, whole, "preempted", job)
+    [stop] = [event for event in runs.events("preempted") if event["event"] == "interrupted"]
+    assert stop["reason"] == "SIGTERM"
+    [back] = [event for event in runs.events("preempted") if event["event"] == "resumed"]
+    assert back["step"] == stop["step"]  # nothing was done twice
+    assert "queued again (1 of 5)" in runs.logs("preempted")
+
+
+@pytest.mark.cluster
+class TestSurvives:
+    """Every other way to lose a job."""
+
+    def test_preemption_without_grace(self, runs, whole):
+        job = runs.submit("abrupt", partition="abrupt")
+        runs.wait_for_validation("abrupt", 5)
+        runs.cluster.preempt(runs.folder)
+        assert_survived(runs, whole, "abrupt", job)
+
+    def test_the_time_limit(self, runs, whole):
+        """A limit of a minute, with a signal 50 seconds before it."""
+        job = runs.submit("limited", time="00:01:00", delay="45s")
+        assert_survived(runs, whole, "limited", job)
+        stops = [event["reason"] for event in runs.events("limited") if event["event"] == "interrupted"]
+        assert stops and set(stops) == {"SIGUSR2"}
+
+    def test_a_requeue_by_hand(self, runs, whole):
+        job = runs.submit("requeued")
+        runs.wait_for_validation("requeued", 5)
+        runs.cluster.run("scontrol", "requeue", job)
+        assert_survived(runs, whole, "requeued", job)
+
+    def test_a_node_that_dies(self, runs, whole):
+        job = runs.submit("bereft")
+        runs.wait_for_validation("bereft", 5)
+        listed = runs.cluster.run("squeue", "-h", "-j", job, "-o", "%N").strip()
+        nodes = runs.cluster.run("scontrol", "show", "hostnames", listed)
+        node = nodes.split()[-1]
+        assert runs.cluster.tool("kill-node", node).returncode == 0
+        try:
+            assert_survived(runs, whole, "bereft", job)
+        finally:
+            runs.cluster.tool("start-node", node)
+
+    def test_a_rank_that_dies(self, runs, whole):
+        job = runs.submit("wounded")
+        runs.wait_for_validation("wounded", 5)
+        _kill_a_rank(runs.folder / "runs" / "wounded")
+        assert_survived(runs, whole, "wounded", job)
+
+    def test_fewer_nodes_than_before(self, runs):
+        """Two of the four nodes are taken when it comes back."""
+        job = runs.submit("shrunk", nodes='"1-4"')
+        runs.wait_for_validation("shrunk", 5)
+        high = runs.cluster.sbatch("sleep 1000", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", cwd=runs.folder)
+        events = runs.finish("shrunk", job)
+        runs.cluster.run("scancel", high)
+        assert "resumed" in events
+        ranks = [event["ranks"] for event in read_ledger(runs.folder / "runs/shrunk").validations]
+        assert ranks[0] == 8 and ranks[-1] == 4 and len(ranks) == EPOCHS
+
+
+@pytest.mark.cluster
+class TestGivesUp:
+    def test_a_job_that_is_cancelled_stays_away(self, runs):
+        job = runs.submit("cancelled")
+        runs.wait_for_validation("cancelled", 3)
+        runs.cluster.run("scancel", job)
+        runs.cluster.wait_for_state(job, "CANCELLED")
+        time.sleep(8)
+        assert runs.cluster.state(job) == "CANCELLED"
+        assert runs.cluster.restarts(job) == 0
+
+    def test_requeues_are_capped(self, runs):
+        job = runs.submit("capped", max_requeues=0)
+        runs.wait_for_validation("capped", 3)
+        runs.cluster.preempt(runs.folder)
+        runs.cluster.wait_for_state(job, "FAILED", "COMPLETED", "PREEMPTED")
+        assert "it came back 0 times already (slurm.max_requeues = 0)" in runs.logs("capped")
+
+    def test_the_same_error_twice_is_the_end(self, runs):
+        (runs.folder / "bad_model.py").write_text(
+            "import torch\n\nclass Bad(torch.nn.Linear):\n"
+            "    def forward(self, x):\n"
+            "        if self.training and torch.distributed.is_initialized():\n"
+            "            raise RuntimeError('broken on purpose')\n"
+            "        return super().forward(x.flatten(1))\n\n\n"
+            "def build(num_classes=10, **_):\n    return Bad(64, num_classes)\n"
+        )
+        job = runs.submit("broken", "--model.name", "bad_model:build", "--model.args", "{}")
+        runs.cluster.wait_for_state(job, "FAILED", seconds=180)
+        assert runs.cluster.restarts(job) == 1
+        assert "it failed 2 times in a row with code 1 after its start" in runs.logs("broken")
+        assert "broken on purpose" in runs.logs("broken")
+
+
+@pytest.mark.cluster
+def test_a_sweep_is_an_array_with_a_folder_for_each_run(runs):
+    job = runs.submit("sweep", "--grid", "schedule.patience=0,1,3", "--grid", "schedule.factor=0.1,0.5",
+                      "--training.epochs", "5", nodes=1)  # fmt: skip
+    folders = sorted(path.name for path in (runs.folder / "runs" / "sweep").iterdir() if "=" in path.name)
+    assert folders == [f"patience={p},factor={f}" for p in (0, 1, 3) for f in (0.1, 0.5)]
+    runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
+    assert job.endswith("_0")
+
+
+@pytest.mark.cluster
+def test_the_code_is_that_of_the_submission(runs):
+    """What is edited after the submission is not what a job runs that was waiting."""
+    module = runs.folder / "my_model.py"
+    module.write_text(
+        "import torch\n\ndef build(num_classes=10, **_):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, num_classes))\n"
+    )
+    high = runs.cluster.sbatch("sleep 100", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", cwd=runs.folder)
+    runs.cluster.wait_for_state(high, "RUNNING")
+    job = runs.submit("frozen", "--model.name", "my_model:build", "--model.args", "{}", epochs=2)
+    module.write_text("raise SystemExit('edited')\n")
+    runs.cluster.run("scancel", high)
+    assert runs.finish("frozen", job) == ["start", "finished"]
+
+
+def _is_done(run_dir: Path) -> bool:
+    try:
+        return read_ledger(run_dir).finished is not None
+    except ValueError:
+        return False
+
+
+def _kill_a_rank(run_dir: Path) -> None:
+    """SIGKILL to one process of submitit's that trains that run."""
+    said = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    ranks = [line.split()[0] for line in said.splitlines()
+             if "submitit.core._submit" in line and str(run_dir) in line and "srun" not in line]  # fmt: skip
+    assert len(ranks) == 4
+    subprocess.run(["kill", "-9", ranks[2]], check=True)
