@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distplateau.errors import InputError, closest
+from distplateau.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
-    from distplateau.config import load_config
+    from distplateau.config import load_config, read_overrides
 
-    config = load_config(options.config, _overrides(rest))
+    config = load_config(options.config, read_overrides(rest))
     from distplateau.training.interruption import Interrupted
     from distplateau.training.trainer import train
 
@@ -58,8 +58,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _submit(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.cluster import submit
+    from distplateau.config import read_overrides
 
-    overrides, grid = _overrides(rest), _grid(options.grid)
+    overrides, grid = read_overrides(rest), _grid(options.grid)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(options.config, options.cluster, overrides, grid))
         return DONE
@@ -68,6 +69,36 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> int:
         sys.stdout.write(f"job {one.job_id}  {one.run_dir}\n")
     sys.stdout.flush()
     return submit.wait(submitted) if options.wait else DONE
+
+
+def _jobs(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.cluster import jobs
+
+    if options.cancel is not None:
+        for run_dir in jobs.find_runs(options.cancel):
+            sys.stdout.write(f"cancelled job {jobs.cancel(run_dir)} of {run_dir}\n")
+        return DONE
+    if options.follow is not None:
+        return jobs.follow(options.follow, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
+    jobs.print_table(jobs.overview(options.folder))
+    return DONE
+
+
+def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.cluster.doctor import examine
+    from distplateau.cluster.profile import load_profile
+
+    profile = load_profile(options.cluster) if options.cluster else None
+    bad = 0
+    for finding in examine(options.runs, profile):
+        mark = {True: "good", False: "BAD ", None: "-   "}[finding.good]
+        fix = f"; {finding.fix}" if finding.good is False else ""
+        sys.stdout.write(f"{mark}  {finding.name:<14}  {finding.text}{fix}\n")
+        sys.stdout.flush()
+        bad += finding.good is False
+    return FAILED if bad else DONE
 
 
 def _grid(texts: list[str]) -> dict[str, list[str]]:
@@ -151,6 +182,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--wait", action="store_true", help="return when the run is done, with its exit code")
     command.set_defaults(run=_submit)
 
+    command = commands.add_parser(
+        "jobs", help="runs and their jobs: state, nodes, epoch, LR, best, requeues, time left"
+    )
+    command.add_argument("folder", type=Path, nargs="?", default=Path("runs"), metavar="DIR", help="default: runs")
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("--follow", type=Path, metavar="RUN", help="print what a run prints, until it is done")
+    action.add_argument(
+        "--cancel", type=Path, metavar="RUN", help="end the job of a run, or those of a sweep, for good"
+    )
+    command.set_defaults(run=_jobs)
+
+    command = commands.add_parser("doctor", help="is this machine, and a cluster, fit for a run that must survive?")
+    command.add_argument("--cluster", metavar="PROFILE.toml", help="look at Slurm as well, in a short job")
+    command.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs will lie [runs]")
+    command.set_defaults(run=_doctor)
+
     command = commands.add_parser("evaluate", help="test loss and accuracy of a run's best weights")
     command.add_argument("run_dir", type=Path, metavar="RUN", help="run folder")
     command.add_argument("--split", choices=["test", "validation"], default="test")
@@ -184,30 +231,6 @@ def _describe_keys() -> str:
     width = max(map(len, keys)) + 2
     lines = [f"  --{key:<{width}}{text}" for key, text in keys.items()]
     return "\nconfiguration keys, each also an option:\n" + "\n".join(lines) + "\n"
-
-
-def _overrides(rest: list[str]) -> dict[str, str]:
-    """Read ``--section.key value`` and ``--section.key=value``."""
-    overrides: dict[str, str] = {}
-    words = iter(rest)
-    for word in words:
-        key, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or "." not in key:
-            raise InputError(word, "is no option of train", _option_hint(word))
-        if not equals:
-            value = next(words, "")
-            if not value or value.startswith("--"):
-                raise InputError(key, "has no value", f"write --{key} VALUE")
-        overrides[key] = value
-    return overrides
-
-
-def _option_hint(word: str) -> str:
-    from distplateau.config import dotted_keys
-
-    name = word.removeprefix("--")
-    matching = [key for key in dotted_keys() if key.endswith(f".{name}")]
-    return f"did you mean --{matching[0]}?" if matching else closest(name, ["--section.key VALUE", "--resume"])
 
 
 def _no_rest(rest: list[str]) -> None:

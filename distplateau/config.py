@@ -9,13 +9,16 @@ from __future__ import annotations
 import re
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from distplateau.errors import InputError, closest
 from distplateau.lockstep.schedules import SCHEDULES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _INTERVAL = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>epoch|epochs|step|steps)")
 _DURATION = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>s|min|h)")
@@ -298,6 +301,34 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     for key, text in (overrides or {}).items():
         _set(tree, key, _parse_value(key, text))
     return parse_config(tree)
+
+
+def read_overrides(words: Sequence[str]) -> dict[str, str]:
+    """Read ``--section.key value`` and ``--section.key=value``.
+
+    Raises
+    ------
+    InputError
+        For a word that is neither, and for a key without a value.
+    """
+    overrides: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        key, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or "." not in key:
+            raise InputError(word, "is no option of train", _option_hint(word))
+        if not equals:
+            value = next(rest, "")
+            if not value or value.startswith("--"):
+                raise InputError(key, "has no value", f"write --{key} VALUE")
+        overrides[key] = value
+    return overrides
+
+
+def _option_hint(word: str) -> str:
+    name = word.removeprefix("--")
+    matching = [key for key in dotted_keys() if key.endswith(f".{name}")]
+    return f"did you mean --{matching[0]}?" if matching else closest(name, ["--section.key VALUE", "--resume"])
 
 
 def parse_config(tree: dict[str, Any]) -> Config:

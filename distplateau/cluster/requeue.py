@@ -1,6 +1,9 @@
 """The end of a batch script: what becomes of the job. Run by the shell of the job's first node, without torch.
 
     python -m distplateau.cluster.requeue RUN CODE MAX_REQUEUES
+    python -m distplateau.cluster.requeue --folder-of CONFIG.toml [--section.key value ...]
+
+The second form prints the run folder, for a script that has only the arguments of ``distplateau train``.
 
 Slurm takes a job whose ranks saved and left for one that is done, and an interrupted run would stay where it is. So
 the script asks for the job to be queued again, unless it is done, was cancelled, or nothing would come of it.
@@ -92,6 +95,19 @@ def main(arguments: list[str]) -> int:
     return code
 
 
+def print_folder(arguments: list[str]) -> int:
+    """Print the run folder of the arguments of ``distplateau train``; return the exit code."""
+    from distplateau.config import load_config, read_overrides
+
+    try:
+        config, rest = arguments[0], [word for word in arguments[1:] if word not in {"--resume", "override", "auto"}]
+        sys.stdout.write(f"{load_config(config, read_overrides(rest)).run_dir.absolute()}\n")
+    except InputError as error:
+        sys.stderr.write(f"distplateau: {error}\n")
+        return WRONG_INPUT
+    return DONE
+
+
 def own_job_id() -> str:
     """Return what Slurm calls this job; a task of an array is queued again on its own."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
@@ -128,4 +144,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--folder-of"]:
+        sys.exit(print_folder(sys.argv[2:]))
     sys.exit(main(sys.argv[1:]))

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from distplateau.cluster import job, queue
 from distplateau.cluster.freeze import freeze, make_private
+from distplateau.cluster.jobs import JOBS_FILE, exit_code, submissions
 from distplateau.cluster.profile import Profile, load_profile
+from distplateau.cluster.script import run_parameters
 from distplateau.config import load_config, parse_model
 from distplateau.errors import InputError
-from distplateau.record.ledger import read_ledger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from distplateau.config import Config
 
 LOCAL = "local"
-JOBS_FILE = "jobs.jsonl"
 _POLL_SECONDS = 2.0
 
 
@@ -95,7 +95,7 @@ def dry_run(config_path: Path, cluster: str, overrides: Mapping[str, str], grid:
         return f"{profile.slurm.most_ranks} processes on this machine, no batch script\n"
     from submitit.slurm.slurm import _make_sbatch_string
 
-    parameters = _parameters(_home(configs), profile, configs)
+    parameters = _parameters(profile, configs)
     if len(configs) > 1:
         parameters["map_count"] = len(configs)
     command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(_logs(configs)))}"
@@ -131,14 +131,6 @@ def check(config: Config, profile: Profile) -> None:
 def wait(submitted: Sequence[Submitted]) -> int:
     """Return when all jobs are done, with the largest exit code; a requeue is no end."""
     return max(_wait_for(one) for one in submitted)
-
-
-def submissions(run_dir: Path) -> list[str]:
-    """Return the ids of the jobs that were submitted for a run, oldest first."""
-    path = run_dir / "submission" / JOBS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line)["job_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def expand_grid(grid: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, dict[str, str]]]:
@@ -206,73 +198,12 @@ def _executor(home: Path, cluster: str, profile: Profile, configs: Sequence[Conf
         executor.update_parameters(tasks_per_node=profile.slurm.tasks_per_node, timeout_min=60 * 24 * 365)
         return executor
     executor = submitit.SlurmExecutor(logs)
-    executor.update_parameters(**_parameters(home, profile, configs))
+    executor.update_parameters(**_parameters(profile, configs))
     return executor
 
 
-def _parameters(home: Path, profile: Profile, configs: Sequence[Config]) -> dict[str, Any]:
-    """Return what submitit makes the batch script of."""
-    section = profile.slurm
-    plain = ("partition", "account", "qos", "constraint", "mem", "gres", "exclude", "gpus_per_node", "cpus_per_task")
-    given = {name: getattr(section, name) for name in plain if getattr(section, name) is not None}
-    further = {"requeue": True, **section.extra}
-    if section.reservation is not None:
-        further["reservation"] = section.reservation
-    if isinstance(section.nodes, str):
-        further["nodes"] = section.nodes
-    return {
-        **given,
-        "job_name": home.name,
-        "time": section.minutes,
-        "nodes": section.most_nodes,
-        "ntasks_per_node": section.tasks_per_node,
-        "signal_delay_s": section.signal_seconds,
-        "array_parallelism": section.array_parallelism,
-        "wckey": None,
-        "additional_parameters": further,
-        # One rank that dies must not leave the others waiting for it; those that save may take some seconds.
-        "srun_args": ["--wait=60", *section.srun_args],
-        "setup": _setup(profile, configs),
-        "teardown": _teardown(section.max_requeues, configs),
-    }
-
-
-def _setup(profile: Profile, configs: Sequence[Config]) -> list[str]:
-    """Return what the batch shell does on the job's first node before the ranks start."""
-    python = shlex.quote(sys.executable)
-    probe = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
-    exports = [f"export {name}={shlex.quote(value)}" for name, value in profile.slurm.env.items()]
-    code = _run_variable(configs) + "/submission/code"
-    return [
-        # The shell has to be alive when the ranks have saved; srun gets its own signals.
-        "trap : TERM USR1 USR2",
-        *profile.setup,
-        *exports,
-        # Since Slurm 22.05 srun does not take it over from sbatch.
-        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then',
-        "    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
-        "fi",
-        # This is the machine of rank 0: a port that is free here, another one in each job, step and requeue.
-        f'export MASTER_PORT=${{MASTER_PORT:-$({python} -c "{probe}")}}',
-        f"export PYTHONPATH={code}${{PYTHONPATH:+:$PYTHONPATH}}",
-    ]
-
-
-def _teardown(max_requeues: int, configs: Sequence[Config]) -> list[str]:
-    python = shlex.quote(sys.executable)
-    return [
-        "code=$?",
-        f"{python} -m distplateau.cluster.requeue {_run_variable(configs)} $code {max_requeues}",
-        "exit $?",
-    ]
-
-
-def _run_variable(configs: Sequence[Config]) -> str:
-    """Return the run folder as the shell of the job finds it: by the task's number in an array."""
-    folders = [shlex.quote(str(config.run_dir.absolute())) for config in configs]
-    if len(folders) == 1:
-        return folders[0]
-    return f'"$(RUNS=({" ".join(folders)}); echo "${{RUNS[$SLURM_ARRAY_TASK_ID]}}")"'
+def _parameters(profile: Profile, configs: Sequence[Config]) -> dict[str, Any]:
+    return run_parameters(_home(configs).name, profile, [config.run_dir.absolute() for config in configs])
 
 
 def _send(executor: Executor, payloads: Sequence[tuple[str, str]], *, local: bool) -> list[str]:
@@ -313,16 +244,6 @@ def _wait_for(one: Submitted) -> int:
             time.sleep(_POLL_SECONDS)
             again = queue.job_state(one.job_id)
             if again is None or again.has_ended:
-                return _exit_code(one, state)
+                return exit_code(one.run_dir, state)
         time.sleep(_POLL_SECONDS)
-    return _exit_code(one, None)
-
-
-def _exit_code(one: Submitted, state: queue.JobState | None) -> int:
-    try:
-        finished = read_ledger(one.run_dir).finished is not None
-    except InputError:
-        finished = False
-    if finished:
-        return 0
-    return (state.exit_code if state else None) or 1
+    return exit_code(one.run_dir, None)
