@@ -24,7 +24,7 @@ from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger
+from distplateau.record.ledger import FILE_NAME, Event, Ledger, read_ledger, read_lines
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights
@@ -268,6 +268,7 @@ class Trainer:
             "validation": decision.validation,
             "epoch": self.step / self.length.steps_per_epoch,
             "step": self.step,
+            **self._lagging_schedule(),
             "monitor": self.config.schedule.monitor,
             "value": decision.value,
             "count": int(self.metrics["val/loss"].count),
@@ -360,17 +361,22 @@ class Trainer:
     def _open_record(self, resumed: Checkpoint | None) -> None:
         """Write the configuration and the first event, open the mirror. Main rank."""
         run_dir = self.config.run_dir
-        started_before = (run_dir / FILE_NAME).exists()
+        path = run_dir / FILE_NAME
+        # A process that died while it wrote the first line has not started anything.
+        started_before = path.exists() and any(line.event for line in read_lines(path))
         self.ledger = Ledger(run_dir)
-        (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         last_validation = 0
         if resumed is not None:
             self.checkpoints.restore_best(resumed)
             last_validation = int(resumed.state["validations"])
-        if not started_before:
-            self.ledger.append("start", run=self.config.run.name, **self._circumstances(), **self._description())
-        elif read_ledger(run_dir).finished is None or self._end() is None:
-            self.ledger.append("resumed", last_validation=last_validation, step=self.step, **self._circumstances())
+        if not started_before or read_ledger(run_dir).finished is None or self._end() is None:
+            (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
+            circumstances = {**self._circumstances(), **self._settings()}
+            if not started_before:
+                self.ledger.append("start", run=self.config.run.name, **circumstances, **self._description())
+            else:
+                position = {"last_validation": last_validation, "step": self.step, **self._lagging_schedule()}
+                self.ledger.append("resumed", **position, **circumstances, lr=self.scheduler.get_last_lr())
         self.mirror = open_mirror(self.config, self.run_id)
 
     def _circumstances(self) -> dict[str, Any]:
@@ -387,7 +393,8 @@ class Trainer:
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
 
-    def _description(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        """Return what the decisions follow from; a run that is resumed may have been given other settings."""
         section, rule = self.config.schedule, self.scheduler.schedule.rule
         return {
             "monitor": section.monitor,
@@ -399,14 +406,23 @@ class Trainer:
                 "steps_per_epoch": self.length.steps_per_epoch,
             },
             "lrs": self.scheduler.state.lrs,
-            "image_shape": self.data.train.shape,
-            "num_classes": self.data.num_classes,
-            "classes": self.data.classes,
             "samples": {
                 "train": len(self.data.train),
                 "validation": len(self.data.validation),
                 "test": len(self.data.test),
             },
+        }
+
+    def _lagging_schedule(self) -> dict[str, int]:
+        """Return the schedule's own step where a gradient scaler left out steps of the optimizer."""
+        step = self.scheduler.state.step
+        return {} if step == self.step else {"schedule_step": step}
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "image_shape": self.data.train.shape,
+            "num_classes": self.data.num_classes,
+            "classes": self.data.classes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "run_id": self.run_id,
         }
