@@ -4,8 +4,8 @@ A line is complete when it ends in a newline; a torn last line (the machine died
 ever truncated: after a requeue from an older checkpoint, a ``resumed`` event names the last validation that was kept,
 and readers drop what came between.
 
-Each line ends in a ``seal`` over its content and the seal of the line before it, so that ``verify`` sees any change made
-later, be it to a value that decided nothing. Readers leave it out of the events they return.
+Each line ends in a ``seal`` over its content and the seal of the line before it, so that ``verify`` sees any change
+made later, be it to a value that decided nothing. Readers leave it out of the events they return.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ FILE_NAME = "ledger.jsonl"
 Event = dict[str, Any]
 
 _SEAL = re.compile(r',"seal":"([0-9a-f]{16})"\}$')
+_END = ',"seal":"################"}'
 
 # A run may be called "nan".
 _AS_WRITTEN = frozenset(
@@ -126,6 +127,11 @@ class Line:
         """Return the line as it was before it was sealed."""
         return _SEAL.sub("}", self.text)
 
+    @property
+    def was_whole(self) -> bool:
+        """Tell whether the line ends as a whole one does, or did before somebody changed a letter or two of its end."""
+        return any(_misses(text[-len(_END) :]) <= 2 for text in (self.text, self.text[:-1]))
+
 
 @dataclass(frozen=True)
 class History:
@@ -196,6 +202,13 @@ def _event(text: str) -> Event | None:
         return None
     event.pop("seal", None)
     return event
+
+
+def _misses(text: str) -> int:
+    """Count the letters that differ from what a line ends in."""
+    if len(text) < len(_END):
+        return len(_END)
+    return sum(c not in "0123456789abcdef" if due == "#" else c != due for c, due in zip(text, _END, strict=True))
 
 
 def _superseded(event: Event, resumed: Event) -> bool:
