@@ -259,29 +259,25 @@ class _Audit:
         self.origin = _Node(0, 0, (state,), best=self.segment.schedule.rule.worst)
 
     def _validation(self, event: Event) -> Iterator[str]:
-        number, step = event["validation"], event["step"]
-        before, segment = self.here, self.segment
+        number, before, segment = event["validation"], self.here, self.segment
         assert segment is not None
-        yield from self._check_order(event, before)
+        if self.ended_by:
+            yield f"comes after '{self.ended_by}' without 'resumed' between"
+        if number <= before.validation:
+            # Judged by itself it may be sound: the lines behind it follow from the one before.
+            yield f"validation {number} comes after validation {before.validation}"
+            return
+        if number > before.validation + 1:
+            yield f"validation {listing(list(range(before.validation + 1, number)))} missing before it"
         yield from self._check_circumstances(event, segment)
-        after, differences = _follow(segment.schedule, before, event)
+        step = event["step"]
+        if not before.step < step <= segment.total_steps:
+            yield f"step is {step}, after step {before.step} of {segment.total_steps}"
+            step = round(event["epoch"] * segment.steps_per_epoch)
+        after, differences = _follow(segment.schedule, before, {**event, "step": step})
         yield from differences
         self.path.append(after)
         self.furthest = max(self.furthest, number)
-        if step <= before.step:
-            yield f"step is {step}, after step {before.step}"
-        if step > segment.total_steps:
-            yield f"step is {step} of {segment.total_steps}"
-
-    def _check_order(self, event: Event, before: _Node) -> Iterator[str]:
-        number = event["validation"]
-        if self.ended_by:
-            yield f"comes after '{self.ended_by}' without 'resumed' between"
-        if number > before.validation + 1:
-            missing = list(range(before.validation + 1, number))
-            yield f"validation {listing(missing)} missing before it"
-        elif number <= before.validation:
-            yield f"validation {number} comes after validation {before.validation}"
 
     def _check_circumstances(self, event: Event, segment: _Segment) -> Iterator[str]:
         yield from _differ("epoch", event["epoch"], event["step"] / segment.steps_per_epoch)
