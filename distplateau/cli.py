@@ -43,17 +43,9 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.config import load_config, read_overrides
 
     config = load_config(options.config, read_overrides(rest))
-    from distplateau.training.interruption import Interrupted
-    from distplateau.training.trainer import train
+    from distplateau.training.session import train_and_report
 
-    try:
-        run_dir = train(config, override=options.resume == "override")
-    except Interrupted as stop:
-        _print_once(f"interrupted by {stop.reason} after step {stop.step}; the same command goes on from there")
-        return INTERRUPTED
-    if _is_first_rank():
-        _write_report(run_dir)
-    return DONE
+    return train_and_report(config, override=options.resume == "override")
 
 
 def _submit(options: argparse.Namespace, rest: list[str]) -> int:
@@ -141,6 +133,16 @@ def _write_report(run_dir: Path) -> None:
     sys.stdout.write(f"report {write_report(run_dir).resolve()}\n")
 
 
+def _verify(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.record.verify import verify
+
+    verdicts = [verify(run_dir) for run_dir in options.run_dirs]
+    for verdict in verdicts:
+        sys.stdout.writelines(f"{line}\n" for line in (*verdict.findings, verdict.summary))
+    return FAILED if any(verdict.findings for verdict in verdicts) else DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="distplateau",
@@ -207,6 +209,15 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="write report.html of runs")
     command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(run=_report)
+
+    command = commands.add_parser(
+        "verify",
+        help="derive every learning rate of runs again from the recorded values",
+        description="Derive every decision and learning rate again from the values in the ledger, and say which line "
+        "does not follow. Exit code 1 if there is one.",
+    )
+    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    command.set_defaults(run=_verify)
     return parser
 
 

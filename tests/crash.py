@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 
 from distplateau.config import Config, parse_config
 from distplateau.record.ledger import read_ledger
+from distplateau.record.verify import verify
 
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
@@ -84,6 +85,7 @@ def result(folder: Path) -> dict[str, Any]:
     newest = max((run_dir / "checkpoints").glob("step-*"))
     history = read_ledger(run_dir)
     return {
+        "what does not follow": [str(finding) for finding in verify(run_dir).findings],
         "validations": [[event[key] for key in KEYS] for event in history.validations],
         "finished": {key: history.finished[key] for key in ("step", "validations", "best", "reductions")},
         "weights": {name: tensor.tolist() for name, tensor in load_file(newest / "model.safetensors").items()},

@@ -254,7 +254,7 @@ def _is_done(run_dir: Path) -> bool:
 
 def _kill_a_rank(run_dir: Path) -> None:
     """SIGKILL to one process of submitit's that trains that run."""
-    said = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+    said = subprocess.run(["ps", "-wweo", "pid,args"], capture_output=True, text=True, check=True).stdout
     ranks = [line.split()[0] for line in said.splitlines()
              if "submitit.core._submit" in line and str(run_dir) in line and "srun" not in line]  # fmt: skip
     assert len(ranks) == 4

@@ -28,6 +28,7 @@ def validate(ledger, number, **fields):
     shape = {
         "epoch": float(number), "step": 10 * number, "monitor": "val/loss", "value": 1 / number,
         "decision": "improved", "lr_before": [0.1, 0.01], "lr_after": [0.1, 0.01],
+        "best": 1 / number, "num_bad": 0, "cooldown": 0,
     }  # fmt: skip
     return ledger.append("validation", validation=number, **{**shape, **fields})
 

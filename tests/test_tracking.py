@@ -102,3 +102,24 @@ def test_a_tracker_that_cannot_be_opened_costs_a_warning_only(tmp_path, monkeypa
     monkeypatch.setattr("wandb.init", broken)
     with pytest.warns(UserWarning, match="the ledger goes on alone: no such service"):
         assert isinstance(open_mirror(make_config(tmp_path), "x"), NoMirror)
+
+
+@pytest.mark.parametrize("call", [lambda mirror: mirror.catch_up(1), lambda mirror: mirror.finish()])
+def test_a_service_that_dies_costs_a_warning_only(tmp_path, monkeypatch, call):
+    config = make_config(tmp_path)
+    ledger = Ledger(config.run_dir)
+    ledger.append("start", run="tracked")
+    ledger.append("validation", **event(1))
+    mirror = open_mirror(config, "abcd1234")
+    run = mirror._mirror._run
+
+    def lost(*_args, **_kwargs):
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(run, "log", lost)
+    monkeypatch.setattr(run, "finish", lost)
+    with pytest.warns(UserWarning, match="the ledger goes on alone: Connection lost"):
+        call(mirror)
+    mirror.catch_up(1)  # and no second one
+    monkeypatch.undo()
+    run.finish()

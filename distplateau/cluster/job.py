@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-_INTERRUPTED = 75
+_WRONG_INPUT, _INTERRUPTED = 2, 75
 
 
 def run(config: str, code: str, port: int | None = None) -> None:
@@ -40,16 +40,17 @@ def run(config: str, code: str, port: int | None = None) -> None:
     for number in _SIGNALS:
         signal.signal(number, _leave)
     os.environ["DISTPLATEAU_CODE"] = code
-    from distplateau.cli import main
-
     try:
         os.environ.update(rank_environment(os.environ, _hostnames(), port))
+        from distplateau.config import load_config
+        from distplateau.training.session import train_and_report
+
+        exit_code = train_and_report(load_config(config))
     except InputError as error:
         sys.stderr.write(f"distplateau: {error}\n")
-        raise SystemExit(2) from None
-    result = main(["train", config])
-    if result:
-        raise SystemExit(result)
+        raise SystemExit(_WRONG_INPUT) from None
+    if exit_code:
+        raise SystemExit(exit_code)
 
 
 def rank_environment(environ: Mapping[str, str], hostnames: Sequence[str], port: int | None) -> dict[str, str]:

@@ -58,10 +58,24 @@ def job_state(job_id: str) -> JobState | None:
     said = _ask(["scontrol", "show", "job", "--oneliner", job_id])
     if said is not None and "JobState=" in said:
         return _read_scontrol(said)
-    said = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", job_id,
-                 "--format", "State,NodeList,ExitCode"])  # fmt: skip
-    lines = (said or "").strip().splitlines()
-    return _read_sacct(lines[-1], len(lines) - 1) if lines else None
+    return _accounted(job_id)
+
+
+def is_wanted(job_id: str) -> bool:
+    """Return whether a job whose ranks have left should come back: not one that somebody cancelled.
+
+    While it is ending the controller says COMPLETING, whatever the cause. The accounting knows that; where there is
+    none, only the time limit is told. One that Slurm preempts or that lost a node is queued again by Slurm.
+    """
+    state = job_state(job_id)
+    if state is None or state.name in {"RUNNING", "TIMEOUT"}:
+        return True
+    if state.name != "COMPLETING":
+        return False
+    if state.reason == "TimeLimit":
+        return True
+    accounted = _accounted(job_id)
+    return accounted is not None and accounted.name in {"TIMEOUT", "RUNNING"}
 
 
 def requeue(job_id: str) -> str | None:
@@ -72,6 +86,13 @@ def requeue(job_id: str) -> str | None:
 def cancel(job_id: str) -> str | None:
     """End a job for good. Return what is wrong, None if nothing is."""
     return _tell(["scancel", job_id])
+
+
+def _accounted(job_id: str) -> JobState | None:
+    said = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", job_id,
+                 "--format", "State,NodeList,ExitCode"])  # fmt: skip
+    lines = (said or "").strip().splitlines()
+    return _read_sacct(lines[-1], len(lines) - 1) if lines else None
 
 
 def _read_scontrol(line: str) -> JobState:

@@ -81,9 +81,7 @@ def main(arguments: list[str]) -> int:
     reason = verdict(code, restarts, max_requeues, interrupted=interrupted, failure=failure)
     job_id = own_job_id()
     if reason is None:
-        state = queue.job_state(job_id)
-        if state is not None and state.name == "CANCELLED":
-            reason = "it was cancelled"
+        reason = None if queue.is_wanted(job_id) else "it was cancelled, or Slurm takes care of it"
     if reason is None:
         _say(f"queued again ({restarts + 1} of {max_requeues}), from the newest whole checkpoint")
         reason = queue.requeue(job_id)

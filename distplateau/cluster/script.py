@@ -18,7 +18,12 @@ def run_parameters(name: str, profile: Profile, run_dirs: Sequence[Path]) -> dic
     folder = _by_array_task(run_dirs)
     return {
         **parameters(name, profile),
-        "setup": [*_setup(profile), f"export PYTHONPATH={folder}/submission/code${{PYTHONPATH:+:$PYTHONPATH}}"],
+        "setup": [
+            *_setup(profile),
+            f"export PYTHONPATH={folder}/submission/code${{PYTHONPATH:+:$PYTHONPATH}}",
+            # Or the current folder would come before it, with code that may have been edited since.
+            "export PYTHONSAFEPATH=1",
+        ],
         "teardown": [
             "code=$?",
             f"{_python()} -m distplateau.cluster.requeue {folder} $code {profile.slurm.max_requeues}",

@@ -165,7 +165,7 @@ def _prepare(
             )
     points = []
     for name, point in expand_grid(grid):
-        named = {"run.dir": str(home), "run.name": json.dumps(name)}
+        named = {"run.dir": str(home), "run.name": name}
         points.append(load_config(config_path, {**overrides, **point, **named}))
     return profile, points
 

@@ -3,13 +3,18 @@
 A line is complete when it ends in a newline; a torn last line (the machine died while writing) is ignored. Nothing is
 ever truncated: after a requeue from an older checkpoint, a ``resumed`` event names the last validation that was kept,
 and readers drop what came between.
+
+Each line ends in a ``seal`` over its content and the seal of the line before it, so that ``verify`` sees any change
+made later, be it to a value that decided nothing. Readers leave it out of the events they return.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +24,9 @@ from distplateau.errors import InputError
 
 FILE_NAME = "ledger.jsonl"
 Event = dict[str, Any]
+
+_SEAL = re.compile(r',"seal":"([0-9a-f]{16})"\}$')
+_END = ',"seal":"################"}'
 
 # A run may be called "nan".
 _AS_WRITTEN = frozenset(
@@ -37,6 +45,9 @@ _REQUIRED: dict[str, dict[str, Any]] = {
         "decision": str,
         "lr_before": _RATES,
         "lr_after": _RATES,
+        "best": _NUMBER,
+        "num_bad": int,
+        "cooldown": int,
     },
 }
 
@@ -64,6 +75,11 @@ def decode(line: str) -> Event:
     return event
 
 
+def seal(previous: str, content: str) -> str:
+    """Return the seal of a line: 64 bits of SHA-256 over the seal before it ("" for none) and its own content."""
+    return hashlib.sha256(f"{previous}{content}".encode()).hexdigest()[:16]
+
+
 class Ledger:
     """The writing end. Main rank only.
 
@@ -75,7 +91,9 @@ class Ledger:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
-        self._seal_torn_line()
+        self._end_torn_line()
+        lines = read_lines(self.path) if self.path.exists() else []
+        self._last_seal = next((line.seal for line in reversed(lines) if line.event and line.seal), "")
 
     def append(self, event: str, **fields: Any) -> Event:
         """Add one event, flushed to the disk before this returns; ``time`` (Unix seconds) is added.
@@ -86,23 +104,61 @@ class Ledger:
             If it cannot be written (the disk is full, the folder is gone).
         """
         line = {"event": event, **fields, "time": round(time.time(), 3)}
+        content = encode(line)
+        own = seal(self._last_seal, content)
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(encode(line) + "\n")
+                file.write(f'{content[:-1]},"seal":"{own}"}}\n')
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
             problem = f"cannot be written ({error.strerror or error})"
             raise InputError(str(self.path), problem, "free space or fix the permissions and start again") from error
+        self._last_seal = own
         return line
 
-    def _seal_torn_line(self) -> None:
+    def _end_torn_line(self) -> None:
         """End a torn last line, so that the next event does not become its tail."""
         if self.path.exists() and self.path.stat().st_size:
             with self.path.open("rb+") as file:
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":
                     file.write(b"\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the file as it stands there.
+
+    Parameters
+    ----------
+    number
+        1 for the first.
+    text
+        Without the newline.
+    event
+        None for a line that is no event.
+    """
+
+    number: int
+    text: str
+    event: Event | None
+
+    @property
+    def seal(self) -> str | None:
+        """Return the seal that the line carries; older ledgers have none."""
+        match = _SEAL.search(self.text)
+        return match[1] if match else None
+
+    @property
+    def content(self) -> str:
+        """Return the line as it was before it was sealed."""
+        return _SEAL.sub("}", self.text)
+
+    @property
+    def was_whole(self) -> bool:
+        """Tell whether the line ends as a whole one does, or did before somebody changed a letter or two of its end."""
+        return any(_misses(text[-len(_END) :]) <= 2 for text in (self.text, self.text[:-1]))
 
 
 @dataclass(frozen=True)
@@ -151,21 +207,36 @@ def read_ledger(run_dir: str | Path) -> History:
     if not path.is_file():
         raise InputError(str(run_dir), f"has no {FILE_NAME}", "give a run folder, <run.dir>/<run.name>")
     events: list[Event] = []
-    torn: list[int] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), start=1):
-        if not line:
-            continue
-        try:
-            event = decode(line)
-        except ValueError:
-            torn.append(number)
-            continue
+    lines = read_lines(path)
+    for event in (line.event for line in lines if line.event):
         if event["event"] == "resumed":
             events = [e for e in events if not _superseded(e, event)]
         events.append(event)
     if not events:
         raise InputError(str(path), "holds no event", "was the run started? train it again")
-    return History(run_dir, events, torn)
+    return History(run_dir, events, [line.number for line in lines if line.event is None])
+
+
+def read_lines(path: Path) -> list[Line]:
+    """Read every line of a ledger that is not empty, superseded ones as well."""
+    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    return [Line(number, text, _event(text)) for number, text in enumerate(texts, start=1) if text]
+
+
+def _event(text: str) -> Event | None:
+    try:
+        event = decode(text)
+    except ValueError:
+        return None
+    event.pop("seal", None)
+    return event
+
+
+def _misses(text: str) -> int:
+    """Count the letters that differ from what a line ends in."""
+    if len(text) < len(_END):
+        return len(_END)
+    return sum(c not in "0123456789abcdef" if due == "#" else c != due for c, due in zip(text, _END, strict=True))
 
 
 def _superseded(event: Event, resumed: Event) -> bool:

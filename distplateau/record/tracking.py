@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distplateau.record.ledger import Event, read_ledger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from distplateau.config import Config
 
 _COUNTERS = ("best", "num_bad", "cooldown", "decision", "step", "samples_per_second", "ranks", "count")
@@ -54,10 +56,39 @@ def open_mirror(config: Config, run_id: str) -> Mirror:
     if config.tracking.wandb == "disabled":
         return NoMirror()
     try:
-        return WandbMirror(config, run_id)
+        return Shielded(WandbMirror(config, run_id))
     except Exception as error:  # wandb raises whatever its service, its disk or the network raise
-        warnings.warn(f"wandb is not available, the ledger goes on alone: {error}", stacklevel=2)
+        _warn(error)
         return NoMirror()
+
+
+def _warn(error: Exception) -> None:
+    warnings.warn(f"wandb is not available, the ledger goes on alone: {error}", stacklevel=3)
+
+
+class Shielded:
+    """A mirror whose errors are told once and end it: a tracker must not cost the training.
+
+    Slurm signals every process of a job, and wandb's service dies of what the ranks survive.
+    """
+
+    def __init__(self, mirror: Mirror) -> None:
+        self._mirror = mirror
+
+    def catch_up(self, through: int) -> None:
+        """Send the validations up to that number that were not sent yet."""
+        self._attempt(lambda: self._mirror.catch_up(through))
+
+    def finish(self) -> None:
+        """Send the rest and the summary if the run has finished, and close."""
+        self._attempt(self._mirror.finish)
+
+    def _attempt(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            _warn(error)
+            self._mirror = NoMirror()
 
 
 class WandbMirror:
@@ -107,7 +138,9 @@ class WandbMirror:
             if sent < event["validation"] <= through:
                 self._run.log(row(event))
                 sent = event["validation"]
-        self._sent_path.write_text(json.dumps({"validation": sent}), encoding="utf-8")
+        unfinished = self._sent_path.with_suffix(".partial")
+        unfinished.write_text(json.dumps({"validation": sent}), encoding="utf-8")
+        unfinished.replace(self._sent_path)
 
     def finish(self) -> None:
         """Send the rest and the summary if the run has finished, and close."""

@@ -340,6 +340,7 @@ class Trainer:
             "validation": decision.validation,
             "epoch": self.step / self.length.steps_per_epoch,
             "step": self.step,
+            **self._lagging_schedule(),
             "monitor": self.config.schedule.monitor,
             "value": decision.value,
             "count": int(self.metrics["val/loss"].count),
@@ -476,16 +477,19 @@ class Trainer:
         run_dir = self.config.run_dir
         before = _read_history(run_dir)
         self.ledger = Ledger(run_dir)
-        (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
         last_validation = 0
         if resumed is not None:
             self.checkpoints.restore_best(resumed)
             last_validation = int(resumed.state["validations"])
-        if before is None or not before.start:
-            self.ledger.append("start", run=self.config.run.name, **self._circumstances(), **self._description())
         is_over = before is not None and before.finished is not None and self._end() is not None
+        if not is_over:
+            (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
+        circumstances = {**self._circumstances(), **self._settings()}
+        if before is None or not before.start:
+            self.ledger.append("start", run=self.config.run.name, **circumstances, **self._description())
         if (before is not None or resumed is not None) and not is_over:
-            self.ledger.append("resumed", last_validation=last_validation, step=self.step, **self._circumstances())
+            position = {"last_validation": last_validation, "step": self.step, **self._lagging_schedule()}
+            self.ledger.append("resumed", **position, **circumstances, lr=self.scheduler.get_last_lr())
         self.mirror = open_mirror(self.config, self.run_id)
 
     def _circumstances(self) -> dict[str, Any]:
@@ -502,7 +506,8 @@ class Trainer:
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
 
-    def _description(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
+        """Return what the decisions follow from; a run that is resumed may have been given other settings."""
         section, rule = self.config.schedule, self.scheduler.schedule.rule
         return {
             "monitor": section.monitor,
@@ -514,14 +519,23 @@ class Trainer:
                 "steps_per_epoch": self.length.steps_per_epoch,
             },
             "lrs": self.scheduler.state.lrs,
-            "image_shape": self.data.train.shape,
-            "num_classes": self.data.num_classes,
-            "classes": self.data.classes,
             "samples": {
                 "train": len(self.data.train),
                 "validation": len(self.data.validation),
                 "test": len(self.data.test),
             },
+        }
+
+    def _lagging_schedule(self) -> dict[str, int]:
+        """Return the schedule's own step where a gradient scaler left out steps of the optimizer."""
+        step = self.scheduler.state.step
+        return {} if step == self.step else {"schedule_step": step}
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "image_shape": self.data.train.shape,
+            "num_classes": self.data.num_classes,
+            "classes": self.data.classes,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "run_id": self.run_id,
         }
