@@ -371,7 +371,7 @@ def test_without_the_derivation_a_forged_ledger_escapes(runs, tmp_path, monkeypa
         ("num_bad", lambda old: old + 1, r"num_bad is 1, 0 follows"),
         ("cooldown", lambda old: old + 1, r"cooldown is 1, 0 follows"),
         ("value", lambda old: old * (1 + 1e-15), r"value is [\d.]+, metrics\['val/loss'\] is [\d.]+"),
-        ("value", lambda _: "text", r"cannot be followed"),
+        ("metrics", lambda _: 3, r"cannot be followed"),
         ("step", lambda old: old + 1, r"epoch is 4.0, 4.045\d* follows"),
         ("step", lambda _: 0, r"step is 0, after step 66"),
         ("step", lambda _: 10_000, r"step is 10000, after step 66 of 220"),
