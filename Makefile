@@ -21,7 +21,7 @@ endif
 endif
 DEMO_CONFIG := launch/demo$(if $(filter fashion-mnist,$(DATA)),_fashion_mnist).toml
 
-.PHONY: help demo test lint crash-test bench install clean
+.PHONY: help demo test lint cluster-test crash-test bench install clean
 
 help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -60,7 +60,10 @@ lint: .venv/.installed-test ## ruff check, ruff format --check, pyright
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
 
-crash-test: .venv/.installed-test ## kill a run 100 times: it has to end as if nothing had been (15 minutes)
+cluster-test: .venv/.installed-test ## runs on a real Slurm cluster of this machine, lost in every way (12 minutes; root and Debian)
+	@$(BIN)/python -m pytest -m cluster --timeout 600 $(PYTEST_ARGS)
+
+crash-test: .venv/.installed-test ## kill a run 100 times: it has to end as if nothing had been (5 minutes)
 	@$(BIN)/python tests/crash.py 100
 
 bench: .venv/.installed-bench ## run every script in benchmarks/

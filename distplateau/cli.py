@@ -58,7 +58,7 @@ def _submit(options: argparse.Namespace, rest: list[str]) -> int:
         return DONE
     submitted = submit.submit(options.config, options.cluster, overrides, grid)
     for one in submitted:
-        sys.stdout.write(f"job {one.job_id}  {one.run_dir}\n")
+        sys.stdout.write(f"job {one.job.job_id}  {one.run_dir}\n")
     sys.stdout.flush()
     return submit.wait(submitted) if options.wait else DONE
 

@@ -175,7 +175,7 @@ class TestSurvives:
 
     def test_fewer_nodes_than_before(self, runs):
         """Two of the four nodes are taken when it comes back."""
-        job = runs.submit("shrunk", nodes='"1-4"')
+        job = runs.submit("shrunk", nodes='"2-4"')
         runs.wait_for_validation("shrunk", 5)
         high = runs.cluster.sbatch("sleep 1000", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null", cwd=runs.folder)
         events = runs.finish("shrunk", job)

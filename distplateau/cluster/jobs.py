@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distplateau.cluster import queue
+from distplateau.cluster.queue import JobState
 from distplateau.errors import InputError
 from distplateau.record.ledger import History, read_ledger
 from distplateau.record.words import duration, metric_text, rates_text, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
-    from pathlib import Path
-
-    from distplateau.cluster.queue import JobState
 
 JOBS_FILE = "jobs.jsonl"
+LOCAL = "local"
 COLUMNS = ("run", "job", "state", "nodes", "epoch", "lr", "best", "requeues", "left")
 _DEPTH = 3
 _POLL_SECONDS = 1.0
@@ -41,12 +43,47 @@ class Row:
     left: str = "-"
 
 
-def submissions(run_dir: Path) -> list[str]:
-    """Return the ids of the jobs that were submitted for a run, oldest first."""
+@dataclass(frozen=True)
+class Job:
+    """A job that was submitted for a run.
+
+    Parameters
+    ----------
+    job_id
+        Slurm's, or the process id of submitit's controller on this machine.
+    cluster
+        Path of the profile, or ``local``.
+    """
+
+    job_id: str
+    cluster: str
+
+    def state(self) -> JobState | None:
+        """Return what becomes of it, None if nobody knows."""
+        return _process_state(int(self.job_id)) if self.cluster == LOCAL else queue.job_state(self.job_id)
+
+    def cancel(self) -> str | None:
+        """End it for good. Return what is wrong, None if nothing is."""
+        if self.cluster != LOCAL:
+            return queue.cancel(self.job_id)
+        if _process_state(int(self.job_id)).has_ended:
+            return "it is not running"
+        os.kill(int(self.job_id), signal.SIGINT)  # submitit's controller ends its processes
+        return None
+
+
+def submissions(run_dir: Path) -> list[Job]:
+    """Return the jobs that were submitted for a run, oldest first."""
     path = run_dir / "submission" / JOBS_FILE
-    if not path.exists():
-        return []
-    return [json.loads(line)["job_id"] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    found = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+            found.append(Job(str(event["job_id"]), str(event["cluster"])))
+        except (ValueError, LookupError, TypeError):
+            continue  # torn when it was written
+    return found
 
 
 def find_runs(folder: Path) -> list[Path]:
@@ -73,14 +110,14 @@ def describe(run_dir: Path, folder: Path) -> Row:
     """Return the row of one run, named as seen from `folder`."""
     name = str(run_dir.relative_to(folder)) if run_dir != folder else run_dir.name
     jobs = submissions(run_dir)
-    state = queue.job_state(jobs[-1]) if jobs else None
+    state = jobs[-1].state() if jobs else None
     try:
         history = read_ledger(run_dir)
     except InputError:
         history = None
     return Row(
         run=name,
-        job=jobs[-1] if jobs else "-",
+        job=jobs[-1].job_id if jobs else "-",
         state=_state_text(state, history, is_job=bool(jobs)),
         nodes=(state.nodes if state else "") or "-",
         requeues=str(_requeues(history, state)),
@@ -96,12 +133,12 @@ def follow(run_dir: Path, write: Callable[[str], object]) -> int:
     InputError
         If no job was submitted for the run.
     """
-    job_id = _last_job(run_dir)
+    job = _last_job(run_dir)
     offset = 0
     while True:
-        state = queue.job_state(job_id)
+        state = job.state()
         over = state is None or state.has_ended
-        log = next((path for path in _logs(run_dir, job_id) if path.exists()), None)
+        log = next((path for path in _logs(run_dir, job.job_id) if path.exists()), None)
         if log is not None:
             with log.open("rb") as file:
                 file.seek(offset)
@@ -121,11 +158,11 @@ def cancel(run_dir: Path) -> str:
     InputError
         If there is no such job, or Slurm refuses.
     """
-    job_id = _last_job(run_dir)
-    problem = queue.cancel(job_id)
+    job = _last_job(run_dir)
+    problem = job.cancel()
     if problem is not None:
-        raise InputError(str(run_dir), f"job {job_id} cannot be cancelled ({problem})", "see distplateau jobs")
-    return job_id
+        raise InputError(str(run_dir), f"job {job.job_id} cannot be cancelled ({problem})", "see distplateau jobs")
+    return job.job_id
 
 
 def exit_code(run_dir: Path, state: JobState | None) -> int:
@@ -173,6 +210,14 @@ def _state_text(state: JobState | None, history: History | None, *, is_job: bool
     return f"{text} ({state.reason})" if state.name == "PENDING" and state.reason not in {"", "None"} else text
 
 
+def _process_state(pid: int) -> JobState:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return JobState("COMPLETED")
+    return JobState("COMPLETED" if stat.rpartition(")")[2].split()[0] == "Z" else "RUNNING", "this machine")
+
+
 def _requeues(history: History | None, state: JobState | None) -> int:
     events = history.events if history else []
     counted = [int(event.get("restart_count") or 0) for event in events if event["event"] == "resumed"]
@@ -199,7 +244,7 @@ def _progress(history: History) -> dict[str, str]:
     return cells
 
 
-def _last_job(run_dir: Path) -> str:
+def _last_job(run_dir: Path) -> Job:
     jobs = submissions(run_dir)
     if not jobs:
         raise InputError(str(run_dir), "no job was submitted for it", "give a run folder that distplateau submit named")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distplateau.cluster import job, queue
+from distplateau.cluster import job
 from distplateau.cluster.freeze import freeze, make_private
-from distplateau.cluster.jobs import JOBS_FILE, exit_code, submissions
+from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, submissions
 from distplateau.cluster.profile import Profile, load_profile
 from distplateau.cluster.script import run_parameters
 from distplateau.config import load_config, parse_model
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
     from distplateau.config import Config
 
-LOCAL = "local"
 _POLL_SECONDS = 2.0
 
 
@@ -39,7 +37,7 @@ class Submitted:
     """A run and the job that trains it."""
 
     run_dir: Path
-    job_id: str
+    job: Job
 
 
 def submit(
@@ -74,9 +72,11 @@ def submit(
         payloads.append((str(frozen), str(frozen.parent / "code")))
     executor = _executor(_home(configs), cluster, profile, configs)
     jobs = _send(executor, payloads, local=cluster == LOCAL)
-    submitted = [Submitted(config.run_dir.absolute(), job_id) for config, job_id in zip(configs, jobs, strict=True)]
+    submitted = [
+        Submitted(config.run_dir.absolute(), Job(job_id, cluster)) for config, job_id in zip(configs, jobs, strict=True)
+    ]
     for one in submitted:
-        _note(one, cluster)
+        _note(one)
     return submitted
 
 
@@ -117,10 +117,11 @@ def check(config: Config, profile: Profile) -> None:
             "data.global_batch_size", problem, f"use at least {ranks}", value=config.data.global_batch_size
         )
     for one in submissions(config.run_dir):
-        state = queue.job_state(one) if one.partition("_")[0].isdigit() else None
+        state = one.state()
         if state is not None and not state.has_ended:
-            problem = f"is being trained by job {one} ({state.name})"
-            raise InputError(str(config.run_dir), problem, f"choose another run.name, or end that job: scancel {one}")
+            problem = f"is being trained by job {one.job_id} ({state.name})"
+            fix = f"choose another run.name, or end that job: distplateau jobs --cancel {config.run_dir}"
+            raise InputError(str(config.run_dir), problem, fix)
     from distplateau.training.setup import check_run_folder, prepare_parts
 
     if config.run_dir.exists():
@@ -227,8 +228,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _note(one: Submitted, cluster: str) -> None:
-    line = {"job_id": one.job_id, "cluster": cluster, "time": round(time.time(), 3), "user": os.environ.get("USER", "")}
+def _note(one: Submitted) -> None:
+    line = {**asdict(one.job), "time": round(time.time(), 3)}
     with (one.run_dir / "submission" / JOBS_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
@@ -237,12 +238,12 @@ def _wait_for(one: Submitted) -> int:
     """Poll until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
     unknown = 0
     while unknown < 3:
-        state = queue.job_state(one.job_id)
+        state = one.job.state()
         unknown = unknown + 1 if state is None else 0
         if state is not None and state.has_ended:
             # A job that is about to be requeued shows its end for a moment.
             time.sleep(_POLL_SECONDS)
-            again = queue.job_state(one.job_id)
+            again = one.job.state()
             if again is None or again.has_ended:
                 return exit_code(one.run_dir, state)
         time.sleep(_POLL_SECONDS)
