@@ -27,16 +27,16 @@ def print_replay(result: Replay, stream: TextIO | None = None) -> None:
     """Print the table: with colours and lines on a terminal, as plain columns into a file or a pipe."""
     from rich.console import Console
 
-    stream = stream or sys.stdout
-    console = Console(file=stream, highlight=False)
+    out: TextIO = sys.stdout if stream is None else stream
+    console = Console(file=out, highlight=False)
     if console.is_terminal:
         _print(result, console)
         return
     # A pipe has no width, and wrapped lines would be hard to search.
-    plain = Console(file=stream, width=_PIPED_WIDTH, highlight=False)
+    plain = Console(file=out, width=_PIPED_WIDTH, highlight=False)
     with plain.capture() as captured:
         _print(result, plain)
-    stream.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    out.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
 
 
 def _print(result: Replay, console: Console) -> None:
@@ -46,8 +46,7 @@ def _print(result: Replay, console: Console) -> None:
         console.print(Text(line))
     console.print()
     console.print(_table(result, console))
-    if not console.is_terminal:
-        console.print()
+    console.print()
     for title, text in remarks(result):
         console.print(Text.assemble((title, "bold"), f" {text}"))
 
@@ -66,7 +65,7 @@ def remarks(result: Replay) -> Iterator[tuple[str, str]]:
     if any(outcome.hypothetical for outcome in result.outcomes):
         yield (
             "What this cannot know:",
-            "up to its first different decision a combination would have trained as the run did. After it the learning "
+            "up to its first difference a combination would have trained as the run did. After it the learning "
             "rate is another, and so would the curve have been; what stands in brackets is what the rule makes of the "
             "recorded curve all the same, a guess.",
         )
@@ -93,7 +92,7 @@ def difference(outcome: Outcome, curve: Curve) -> str:
     first = outcome.first_difference
     if first is None:
         stopped = f"stops at {outcome.stopped_at} (NaN)" if outcome.stopped_at else ""
-        return stopped or ("none, as the run" if outcome.as_recorded else "none")
+        return stopped or ("the run itself" if outcome.as_recorded else "none")
     if first == 0:
         return f"from {rates_text(outcome.start_lrs)}, not {rates_text(curve.start_lrs)}"
     place = first - 1
@@ -117,16 +116,21 @@ def _table(result: Replay, console: Console) -> Table:
     from rich.table import Table
 
     terminal = console.is_terminal
+    lines = box.SIMPLE_HEAD if terminal else None
+    gap = 1 if terminal else 2
     table = Table(
-        box=box.SIMPLE_HEAD if terminal else None, pad_edge=False, padding=(0, 2 if not terminal else 1, 0, 0)
+        box=lines, show_edge=False, pad_edge=False, padding=(0, gap, 0, 0), header_style="bold" if terminal else ""
     )
+    # Three settings that vary fit beside the rest into 80 columns.
+    fold, hyphen = ("\n", "-\n") if terminal else (" ", "")
     for name in result.varying:
         table.add_column(_LABELS.get(name, name), justify="right", no_wrap=True)
-    table.add_column("reductions", justify="right")
-    table.add_column("at validation", overflow="fold")
+    table.add_column("drops", justify="right", no_wrap=True)
+    table.add_column(f"at{fold}validation", min_width=10)
     table.add_column("final LR", no_wrap=True)
-    table.add_column("first different decision")
-    table.add_column("validations after it", justify="right")
+    table.add_column(f"first{fold}difference", min_width=10)
+    table.add_column(f"hypo{hyphen}thetical", justify="right", no_wrap=True)
+    total = len(result.curve.values)
     for outcome in result.outcomes:
         table.add_row(
             *(setting_text(outcome.settings[name]) for name in result.varying),
@@ -134,7 +138,7 @@ def _table(result: Replay, console: Console) -> Table:
             _listed(outcome),
             _bracketed(rates_text(outcome.final_lrs), outcome.hypothetical > 0),
             difference(outcome, result.curve),
-            str(outcome.hypothetical),
+            f"{outcome.hypothetical} of {total}",
             style="bold" if outcome.as_recorded else None,
         )
     return table
