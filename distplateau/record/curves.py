@@ -28,12 +28,14 @@ LRs = tuple[Rates | None, ...]
 Row = dict[str, float]
 
 _WANDB_SECONDS = 120
+_API_SECONDS = 20
 _ACCEPTED = "give a run folder, a .csv, a Lightning metrics.csv, an HF trainer_state.json, or a wandb run"
 _VALIDATION_WORDS = ("val", "valid", "validation", "eval", "evaluation", "dev", "test")
 _BIGGER_IS_BETTER = frozenset(
     "acc accuracy auc auroc f1 precision recall map ap iou miou dice bleu rouge psnr ssim r2 top1 top3 top5 score "
-    "reward exact_match em".split()
+    "reward match".split()
 )
+_PLACES = frozenset("epoch step steps iteration iter time runtime timestamp".split())
 
 
 @dataclass(frozen=True)
@@ -301,7 +303,8 @@ def _is_rate(name: str) -> bool:
 
 def _is_place(name: str) -> bool:
     words = _words(name)
-    return words[-1:] in (["epoch"], ["step"], ["steps"], ["iteration"], ["iter"], ["time"], ["runtime"], ["timestamp"])
+    measures = "loss" in words or _mode(name) == "max"  # such as val_loss_epoch
+    return not measures and bool(words) and words[-1] in _PLACES
 
 
 def _natural(name: str) -> list[Any]:
@@ -360,7 +363,7 @@ def _wandb_rows(source: str) -> list[Row]:
     try:
         import wandb
 
-        rows = [_numbers(row) for row in wandb.Api(timeout=20).run(name).scan_history()]
+        rows = [_numbers(row) for row in wandb.Api(timeout=_API_SECONDS).run(name).scan_history()]
     except Exception as error:  # wandb raises whatever its service, its settings or the network raise
         raise InputError(source, f"cannot be read ({_one_line(error)[:200]})", _REACH) from None
     if not rows:

@@ -158,7 +158,10 @@ def replay(curve: Curve, varied: Mapping[str, Sequence[Any]], fixed: Mapping[str
     start_lrs = curve.start_lrs or (1.0,) if lr is None else (lr,) * max(1, len(curve.start_lrs))
     given = {name: list(dict.fromkeys(values)) for name, values in varied.items() if values}
     own = _own_settings(curve, base)
-    suggestion = suggest_patience(curve, replace(base, **_shared(given, own)))
+    for name in given.get("schedule", ()):
+        _check_schedule(name)
+    shared = _shared(given, own)
+    suggestion = suggest_patience(curve, _checked(lambda: replace(base, **shared)))
     values = {name: given.get(name, [own[name]]) for name in VARIED}
     if not given:
         extra = {own["patience"]} if curve.recorded else set()
@@ -241,13 +244,16 @@ def _run(
     )
 
 
-def _build(curve: Curve, base: PlateauRule, settings: Settings) -> Schedule:
-    name, recorded = settings["schedule"], curve.recorded
+def _check_schedule(name: str) -> None:
     if name not in schedules.SCHEDULES:
         raise InputError("--schedule", "there is no such schedule", closest(name, METRIC_DRIVEN), value=name)
     if name not in METRIC_DRIVEN:
         problem = "it goes by the clock and decides nothing on a curve"
         raise InputError("--schedule", problem, "choose plateau or greedy", value=name)
+
+
+def _build(curve: Curve, base: PlateauRule, settings: Settings) -> Schedule:
+    name, recorded = settings["schedule"], curve.recorded
     rule = _checked(lambda: replace(base, **{key: value for key, value in settings.items() if key != "schedule"}))
     args = recorded.args if recorded is not None and recorded.name == name else {}
     return schedules.build(name, rule, args, schedules.Length(1, 1))
@@ -316,8 +322,8 @@ def suggest_patience(curve: Curve, rule: PlateauRule) -> Suggestion:
     if longest is None:
         return Suggestion(
             1,
-            f"the curve was never in a lull that it came out of at the same learning rate, so that even patience 0 "
-            f"would have cost nothing, and 1 forgives one unlucky validation; {margin}{aside}",
+            f"the curve never came out of a lull at the same learning rate, so that not even patience 0 would have cut "
+            f"a recovery short; 1 forgives one unlucky validation; {margin}{aside}",
             noise,
         )
     where = f"validation {longest.first}" if longest.length == 1 else f"validations {longest.first} to {longest.last}"
@@ -348,7 +354,9 @@ def noise_of(stretches: Sequence[Sequence[float]]) -> float:
 
 def _as_compared(curve: Curve, rule: PlateauRule) -> tuple[list[float], list[bool]]:
     """Return what the rule compares at each validation (smoothed, if it smooths) and whether it calls it bad."""
-    patient = replace(rule, patience=len(curve.values) + 1, cooldown=0, nonfinite="bad", eps=0.0)
+    patient = replace(
+        rule, patience=len(curve.values) + 1, cooldown=0, nonfinite="bad", factor=0.5, min_lr=0.0, eps=0.0
+    )
     schedule = schedules.Plateau(patient)
     state = schedule.start((1.0,))
     values, bad = [], []
@@ -368,7 +376,7 @@ def _segments(curve: Curve) -> tuple[list[tuple[int, int]], bool]:
         for place, (before, after) in enumerate(itertools.pairwise([curve.start_lrs or None, *rates[:-1]]))
         if before is not None and after is not None and not _equal(before, after)
     ]
-    if len(cuts) > count / 3:
+    if len(cuts) > count / 2:
         return [(0, count)], True
     return list(itertools.pairwise([0, *cuts, count])), False
 
