@@ -622,3 +622,18 @@ def test_names_of_other_tools_are_taken_as_they_are():
         assert curves._mode(name) == "max", name
     for name in ("val_loss", "val/loss", "perplexity", "error_rate", "mae", "wer"):
         assert curves._mode(name) == "min", name
+
+
+def test_neither_command_imports_torch(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    Run(run_dir).validate(*LOSSES).finish()
+    code = (
+        "import sys; from distplateau.cli import main; "
+        "sys.exit(main(sys.argv[1:]) or ('torch' in sys.modules and 'torch was imported'))"
+    )
+    for command in ("verify", "replay"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, command, run_dir], capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

@@ -336,7 +336,7 @@ def _trainer_state_rows(path: Path) -> list[Row]:
 
 def _offline_rows(path: Path) -> list[Row]:
     """Read an offline wandb run with wandb's own tool: the format of its file changes from version to version."""
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    command = [sys.executable, "-P", "-m", "wandb", "leet", "inspect", "--json", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_WANDB_SECONDS, check=False)
     except subprocess.TimeoutExpired:

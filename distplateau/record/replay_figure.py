@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _MOST_ROWS = 40
 _ROW_INCHES = 0.25
+_LONGEST_NAME = 32
 _MAX_POINT_MARKERS = 80
 # From the highest learning rate to the lowest.
 _HIGH, _LOW = "#5b2fb3", "#ddd0f5"
@@ -85,7 +86,8 @@ def _draw_curve(axes: Axes, result: Replay) -> None:
     axes.plot(curve.positions, values, color=COLOURS["validation"][0], marker=marker, gid="curve", zorder=3)
     scale(axes, values)
     axes.set_ylabel(metric_label(curve.monitor))
-    axes.set_title(f"{curve.source}: {metric_label(curve.monitor)} as recorded", loc="left")
+    name = curve.source if len(curve.source) <= _LONGEST_NAME else f"…{curve.source[1 - _LONGEST_NAME :]}"
+    axes.set_title(f"{name}: {metric_label(curve.monitor)} as recorded", loc="left")
     edges = _edges(result)
     rates = [curve.start_lrs or None, *curve.lr_after]
     drops = [

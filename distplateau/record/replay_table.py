@@ -76,8 +76,9 @@ def remarks(result: Replay) -> Iterator[tuple[str, str]]:
 
 
 def label(outcome: Outcome, varying: Sequence[str]) -> str:
-    """Name a combination by what varies: ``patience 3, factor 0.5``."""
-    return ", ".join(f"{_LABELS.get(name, name)} {setting_text(outcome.settings[name])}" for name in varying)
+    """Name a combination by what varies: ``greedy, patience 3, factor 0.5``."""
+    texts = {name: setting_text(outcome.settings[name]) for name in varying}
+    return ", ".join(t if name == "schedule" else f"{_LABELS.get(name, name)} {t}" for name, t in texts.items())
 
 
 def setting_text(value: Any) -> str:
