@@ -221,7 +221,7 @@ def test_luck_on_a_flat_stretch_is_no_recovery(monkeypatch):
     assert sum(any_gain) > 3 * sum(significant)
 
 
-def brute_force(curve: Curve, rule: PlateauRule, noise: float) -> int:
+def brute_force(curve: Curve, rule: PlateauRule) -> int:
     """The smallest patience whose reductions all lie where the curve had nothing more to gain at that rate."""
     cuts = [0, *(k + 1 for k in range(len(curve.values) - 1) if k and curve.lr_after[k] != curve.lr_after[k - 1])]
     for patience in range(len(curve.values)):
@@ -234,6 +234,8 @@ def brute_force(curve: Curve, rule: PlateauRule, noise: float) -> int:
             best = min(curve.values[:place], default=math.inf)
             state, decision = plateau.advance(patient, state, value)
             end = min([cut for cut in cuts if cut > place], default=len(curve.values))
+            begin = max(cut for cut in cuts if cut <= place)
+            noise = noise_of([curve.values[begin:end]])
             later = curve.values[place + 1 : end]
             early |= decision.reduced and any(v < best - module._SIGNIFICANT * noise for v in later)
         if not early:
@@ -247,8 +249,7 @@ def test_the_suggestion_is_that_of_trying_every_patience(seed):
     values = [3 * math.exp(-k / rng.uniform(5, 20)) + rng.gauss(0, 0.08) + 1 for k in range(50)]
     rates = [0.1] * 50 if seed % 2 else [0.1] * 20 + [0.01] * 30
     curve, rule = make_curve(values, rates), PlateauRule(threshold=0.0)
-    found = suggest_patience(curve, rule)
-    assert found.patience == max(1, brute_force(curve, rule, found.noise))
+    assert suggest_patience(curve, rule).patience == max(1, brute_force(curve, rule))
 
 
 def test_noise_is_measured_beside_a_trend_and_spikes():
@@ -260,6 +261,18 @@ def test_noise_is_measured_beside_a_trend_and_spikes():
     spiked = [value + (50 if k % 40 == 0 else 0) for k, value in enumerate(noisy)]
     assert noise_of([spiked]) == pytest.approx(0.2, rel=0.2)
     assert noise_of([[1.0, math.nan, 2.0, 3.0]]) == 0.0
+
+
+def test_each_learning_rate_has_its_own_noise(monkeypatch):
+    """A loud stretch before a drop, a quiet one after it: with one noise for both, luck in the loud one counts."""
+    rng = random.Random(1)
+    loud, quiet = [1 + rng.gauss(0, 0.1) for _ in range(12)], [0.5 + rng.gauss(0, 1e-4) for _ in range(40)]
+    curve = make_curve([*loud, *quiet], [0.1] * 11 + [0.01] * 41)
+    overall = noise_of([loud, quiet])
+    assert overall < 1e-3
+    assert suggest_patience(curve, PlateauRule()).patience == 1
+    monkeypatch.setattr(module, "noise_of", lambda _stretches: overall)
+    assert suggest_patience(curve, PlateauRule()).patience > 1
 
 
 def test_too_few_validations_give_no_suggestion():

@@ -106,7 +106,7 @@ class Suggestion:
     Parameters
     ----------
     noise
-        Standard deviation of a validation's value around the trend.
+        Standard deviation of a validation's value around the trend, at the learning rate of the lull.
     lull
         First and last validation of the longest lull that was recovered from.
     """
@@ -290,6 +290,7 @@ class _Lull:
     first: int
     last: int
     best: float
+    noise: float = 0.0
 
     @property
     def length(self) -> int:
@@ -308,17 +309,20 @@ def suggest_patience(curve: Curve, rule: PlateauRule) -> Suggestion:
         return Suggestion(None, f"{plural(finite, 'validation')} are too few to tell noise from a plateau")
     values, bad = _as_compared(curve, rule)
     segments, moving = _segments(curve)
-    noise = noise_of([values[begin:end] for begin, end in segments])
-    tolerant = replace(rule, threshold=_SIGNIFICANT * noise, threshold_mode="abs")
-    lulls = [
-        lull
-        for begin, end in segments
-        for lull in _lulls(values, bad, begin + rule.cooldown if begin else 0, end, rule)
-        if any(is_better(tolerant, value, lull.best) for value in values[lull.last : end])
-    ]
+    stretches = [values[begin:end] for begin, end in segments]
+    overall = noise_of(stretches)
+    lulls = []
+    for (begin, end), stretch in zip(segments, stretches, strict=True):
+        # A lower learning rate is a quieter one: each stretch has its own noise, where it is long enough to show it.
+        noise = noise_of([stretch]) if len(stretch) >= _FEWEST_VALIDATIONS else overall
+        tolerant = replace(rule, threshold=_SIGNIFICANT * noise, threshold_mode="abs")
+        for lull in _lulls(values, bad, begin + rule.cooldown if begin else 0, end, rule):
+            if any(is_better(tolerant, value, lull.best) for value in values[lull.last : end]):
+                lulls.append(replace(lull, noise=noise))
+    longest = max(lulls, key=lambda lull: lull.length, default=None)
+    noise = longest.noise if longest else overall
     margin = f"gains within twice the noise of {short(noise, 2)} do not count"
     aside = "; the learning rate moved all along, so take it with care" if moving else ""
-    longest = max(lulls, key=lambda lull: lull.length, default=None)
     if longest is None:
         return Suggestion(
             1,
