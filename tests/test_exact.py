@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplateau.lockstep.exact import ExactSum, Partial, WeightError
+from ranks import run_ranks
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -186,16 +187,73 @@ def test_many_blocks_and_folds(monkeypatch):
     assert total.partial().count() == 3000
 
 
-def test_flush_to_zero_mode_changes_nothing():
-    subnormal = torch.tensor([5e-324], dtype=torch.float64)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_flush_to_zero_mode_changes_nothing(dtype):
+    subnormal = torch.tensor([0.625 * torch.finfo(dtype).smallest_normal], dtype=dtype)
+    value = subnormal.item()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no flush-to-zero mode")
     try:
-        lost = (subnormal * 2.0**200).item()  # negative control: arithmetic on it gives zero
+        lost = (subnormal.double() * 2.0).item()  # negative control: arithmetic on it gives zero
         total = ExactSum()
         total.add(subnormal, 2.0**200)
-        result = total.sum()
+        plain = ExactSum()
+        plain.add(subnormal)
+        weighted, unweighted = total.partial(), plain.partial()
     finally:
         torch.set_flush_denormal(False)
-    assert lost == 0.0
-    assert result == 5e-324 * 2.0**200
+    assert dtype == torch.float16 or lost == 0.0  # all float16 are normal numbers in float32
+    assert weighted.sum() == value * 2.0**200
+    assert unweighted.sum() == value
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_blocks_that_fill_up_in_inference_mode(monkeypatch, first):
+    monkeypatch.setattr("distplateau.lockstep.exact._BLOCK", 8)
+    total = ExactSum()
+    with torch.inference_mode(first):
+        total.add(torch.ones(9), torch.ones(9))
+    with torch.inference_mode(not first):
+        total.add(torch.ones(10))
+    assert total.partial().count() == total.sum() == 19
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("weight", [3.0, 3, torch.tensor(3), torch.tensor([3.0]), torch.tensor([[3.0]])], ids=repr)
+def test_one_weight_for_all_whatever_the_size_of_the_batch(count, weight):
+    """The last batch of one rank may have a single value: an error there would leave the others waiting."""
+    total = ExactSum()
+    total.add(torch.full((count,), 2.0), weight)
+    total.add(torch.tensor(2.0), weight)
+    assert (total.mean(), total.partial().count()) == (2.0, 3 * (count + 1))
+
+
+def test_arrays_and_lists():
+    import numpy as np
+
+    total = ExactSum()
+    total.add(np.array([2**60, 1]), np.array([1.0, 0.5]))
+    total.add([0.1], [1])
+    exact = 2**60 + Fraction(1, 2) + Fraction(0.1)
+    assert total.sum() == rounded(exact)
+    with pytest.raises(ValueError, match="one weight per value"):
+        total.add(torch.ones(3), [1.0, 2.0])
+
+
+def test_dtypes_that_torch_does_not_promote_may_be_mixed():
+    total = ExactSum()
+    for dtype in (torch.uint32, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32, torch.uint16):
+        total.add(torch.ones(3).to(dtype))
+    assert total.sum() == 18.0
+
+
+def _add_dtensor(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    with pytest.raises(TypeError, match="cannot sum a DTensor: add its to_local"):
+        ExactSum().add(distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)), [Replicate()]))
+
+
+def test_a_dtensor_is_refused_when_it_is_added():
+    run_ranks(_add_dtensor, 1)
