@@ -186,8 +186,10 @@ class LockstepScheduler:
             timeout=self.timeout,
             label=label,
         )
-        for mean, partial in zip(means, agreement.partials[len(partials) - len(means) :], strict=True):
+        sums = agreement.partials[: len(partials) - len(means)] + tuple(
             mean.settle(partial)
+            for mean, partial in zip(means, agreement.partials[len(partials) - len(means) :], strict=True)
+        )
         if agreement.differing:
             self._tell_once(
                 "metric",
@@ -195,7 +197,7 @@ class LockstepScheduler:
                 "each sample counts once",
             )
         return Consultation(
-            value=agreement.partials[0].mean(),
+            value=sums[0].mean(),
             votes=agreement.votes,
             ranks=agreement.ranks,
             digest=fingerprint.combined(),
