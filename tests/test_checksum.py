@@ -59,7 +59,13 @@ def _sharded(rank, kind, guarded):
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
-    if kind == "fsdp2":
+    if kind.startswith("fsdp1"):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        original = kind == "fsdp1, original parameters"
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+        parameters = list(model.parameters())
+    elif kind == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=mesh)
@@ -84,7 +90,7 @@ def _sharded(rank, kind, guarded):
         checksum.is_sharded = is_sharded
 
 
-@pytest.mark.parametrize("kind", ["dtensor", "fsdp2"])
+@pytest.mark.parametrize("kind", ["dtensor", "fsdp1", "fsdp1, original parameters", "fsdp2"])
 def test_shards_are_meant_to_differ_and_are_left_out(kind):
     assert run_ranks(_sharded, 2, kind, True) == ["improved"] * 2
     assert all("weights: " in message for message in run_ranks(_sharded, 2, kind, False))  # negative control

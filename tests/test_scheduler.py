@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -169,6 +170,53 @@ def test_a_value_changed_by_hand_is_respected(tensor_lr):
     assert (decision.lr_before, decision.lr_after) == ((0.25,), (0.125,))
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_step_update_more_often_than_the_optimizer_steps_counts_nothing_twice(accumulation):
+    """With gradient accumulation a loop calls it for every micro-batch, and after a resume once more from the start."""
+    optimizer = sgd(1.0)
+    scheduler, seen = ReduceLROnPlateau(optimizer, warmup_steps=8), []
+    for micro_batch in range(4 * accumulation):
+        if micro_batch % accumulation == accumulation - 1:
+            scheduler.step_update()  # before the step as well
+            optimizer.step()
+            seen.append(scheduler.state.step)
+        scheduler.step_update()
+    assert seen == [1, 2, 3, 4]
+
+
+def test_the_first_step_is_made_with_the_first_rate_of_the_warmup():
+    optimizer, used = sgd(1.0), []
+    scheduler = ReduceLROnPlateau(optimizer, warmup_steps=8)
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(3):
+        scheduler.step_update()
+    optimizer.step()
+    optimizer.step()
+    assert used == [0.125, 0.25]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_follows_its_own_optimizer(way):
+    scheduler = ReduceLROnPlateau(sgd(1.0), warmup_steps=5)
+    scheduler.optimizer.step()
+    twin = way(scheduler)
+    twin.optimizer.step()
+    twin.step_update()
+    assert (twin.state.step, scheduler.state.step) == (2, 1)
+    assert (twin.get_last_lr(), scheduler.get_last_lr()) == ([0.6], [0.4])
+
+
+def test_a_learning_rate_tensor_that_torch_shares_between_groups():
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=rate)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]  # else there is nothing to test
+    scheduler = ReduceLROnPlateau(optimizer, factor=(0.5, 0.25), patience=0)
+    lrs = [scheduler.step(1.0).lr_after for _ in range(3)]
+    assert lrs == [(1.0, 1.0), (0.5, 0.25), (0.25, 0.0625)]
+    assert scheduler.get_last_lr() == [0.25, 0.0625]
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
 def test_a_hand_edit_during_warmup_moves_the_peak():
     optimizer = sgd(1.0)
     scheduler = ReduceLROnPlateau(optimizer, warmup_steps=4)
@@ -309,6 +357,100 @@ def test_new_settings_win_and_the_difference_is_told():
     with pytest.warns(UserWarning, match="patience 3 -> 7"):
         scheduler.load_state_dict(state)
     assert scheduler.patience == 7
+
+
+def test_a_floor_that_changed_is_told():
+    scheduler = ReduceLROnPlateau(sgd(), min_lr=0.2)
+    with pytest.warns(UserWarning, match=r"min_lrs \[0.1\] -> \(0.2,\)"):
+        scheduler.load_state_dict(ReduceLROnPlateau(sgd(), min_lr=0.1).state_dict())
+
+
+def resumed_with(first, second, steps):
+    """Make some steps, resume with another scheduler and its optimizer in either order, and give back both of them."""
+    optimizer = sgd(1.0)
+    scheduler = first(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+    scheduler.step(1.0)
+    for scheduler_first in (True, False):
+        fresh = sgd(1.0)
+        resumed = second(fresh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the settings
+            states = [(resumed, scheduler.state_dict()), (fresh, optimizer.state_dict())]
+            for target, state in states if scheduler_first else reversed(states):
+                target.load_state_dict(copy.deepcopy(state))
+        yield fresh, resumed
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 100), (100, 0), (100, 200), (60, 20)])
+def test_another_warmup_after_a_resume_is_no_edit_by_hand(before, now):
+    for optimizer, resumed in resumed_with(
+        lambda o: ReduceLROnPlateau(o, warmup_steps=before), lambda o: ReduceLROnPlateau(o, warmup_steps=now), 50
+    ):
+        used = []
+        optimizer.register_step_pre_hook(lambda *_, o=optimizer, u=used: u.append(o.param_groups[0]["lr"]))
+        optimizer.step()
+        assert used == [51 / now if now > 51 else 1.0]
+        for _ in range(200):
+            optimizer.step()
+        assert (optimizer.param_groups[0]["lr"], resumed.state.lrs) == (1.0, (1.0,))
+
+
+def test_a_run_that_is_made_longer_follows_the_new_curve():
+    def cosine(steps):
+        return lambda o: make_scheduler(o, "cosine", PlateauRule(), {}, Length(steps, 10))
+
+    for optimizer, resumed in resumed_with(cosine(100), cosine(200), 50):
+        optimizer.step()
+        assert resumed.state.lrs == (1.0,)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx((1 + math.cos(math.pi * 51 / 200)) / 2)
+
+
+def test_a_hand_edit_before_saving_survives():
+    optimizer = sgd(1.0)
+    scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    optimizer.param_groups[0]["lr"] = 0.25
+    fresh = sgd(1.0)
+    resumed = ReduceLROnPlateau(fresh, patience=0, factor=0.5)
+    resumed.load_state_dict(scheduler.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert resumed.step(1.0).lr_after == (0.25,)
+
+
+@pytest.mark.parametrize("state", [{"best": 0.25, "last_epoch": 4}, "torch"])
+def test_a_foreign_state_is_beyond_the_warmup(state):
+    saved = sgd(0.125)
+    if state == "torch":
+        theirs = TorchPlateau(saved)
+        theirs.step(1.0)
+        state = theirs.state_dict()
+    optimizer = sgd(1.0)
+    scheduler = ReduceLROnPlateau(optimizer, warmup_steps=10)
+    scheduler.load_state_dict(state)
+    optimizer.load_state_dict(saved.state_dict())
+    for _ in range(20):
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.125
+    assert scheduler.step(0.1).kind == "improved"
+
+
+@pytest.mark.parametrize("cls", [ReduceLROnPlateau, TorchPlateau])
+def test_an_infinite_best_that_was_loaded_can_be_beaten(cls):
+    saved = cls(sgd(), mode="max")  # starts from -inf, as does torch's best after a metric of -inf
+    scheduler = ReduceLROnPlateau(sgd(), mode="min")
+    with pytest.warns(UserWarning, match="'max' -> 'min'"):
+        scheduler.load_state_dict(saved.state_dict())
+    assert scheduler.step(1.0).kind == "improved"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("greedy", "plateau"), ("plateau", "greedy")])
+def test_the_state_of_another_schedule_is_refused(saved, loaded):
+    first, second = (make_scheduler(sgd(), name, PlateauRule(), {}, Length(40, 8)) for name in (saved, loaded))
+    with pytest.raises(ValueError, match="the state is that of another schedule"):
+        second.load_state_dict(first.state_dict())
 
 
 def test_an_optimizer_that_was_not_restored_is_told():
