@@ -140,20 +140,25 @@ def test_weights_that_are_not_allowed_are_refused(weight):
         total.mean()
 
 
-def test_values_are_copied():
-    buffer = torch.ones(4)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("array", [False, True])
+def test_values_and_weights_are_copied(shape, array):
+    buffer, weights = torch.ones(shape), torch.ones(shape)
     total = ExactSum()
-    total.add(buffer)
+    total.add(2.0)
+    total.add(*((buffer.numpy(), weights.numpy()) if array else (buffer, weights)))
     buffer.fill_(100.0)
-    assert total.mean() == 1.0
+    weights.fill_(7.0)
+    assert total.mean() == rounded(Fraction(2 + buffer.numel(), 1 + buffer.numel()))
 
 
-def test_weights_are_copied():
-    weights = torch.ones(2)
+def test_views_that_are_not_contiguous():
+    values, weights = torch.arange(12.0).view(3, 4), torch.arange(12.0).view(4, 3)
     total = ExactSum()
-    total.add(torch.tensor([1.0, 3.0]), weights)
-    weights[0] = 0.0
-    assert total.mean() == 2.0
+    total.add(values.t(), weights)
+    total.add(values[:, ::2])
+    total.add(torch.tensor(5.0).expand(2, 2))
+    assert total.sum() == float((values.t() * weights).sum() + values[:, ::2].sum() + 20)
 
 
 def test_numbers_and_scalar_weights():

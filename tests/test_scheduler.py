@@ -571,6 +571,8 @@ def _tampered(rank, what, check_weights):
             optimizer.step()
         elif what == "scheduler state":
             scheduler.num_bad_epochs = 1
+        elif what == "settings":
+            scheduler.patience = 3
     try:
         scheduler.step(1.0)
     except DisagreementError as error:
@@ -578,18 +580,48 @@ def _tampered(rank, what, check_weights):
     return "agreed"
 
 
-@pytest.mark.parametrize("what", ["weights", "learning rates", "step", "scheduler state"])
+@pytest.mark.parametrize("what", ["weights", "learning rates", "step", "scheduler state", "settings"])
 def test_one_changed_bit_is_found_at_the_next_validation(what):
     messages = run_ranks(_tampered, 3, what, True)
     assert len(set(messages)) == 1
     assert "validation 2" in messages[0]
-    assert f"{what}: rank 1 (" in messages[0]
+    assert f"{'scheduler state' if what == 'settings' else what}: rank 1 (" in messages[0]
     assert "against ranks 0, 2" in messages[0]
 
 
 def test_untouched_replicas_agree_and_the_weight_check_can_be_turned_off():
     assert run_ranks(_tampered, 3, "nothing", True) == ["agreed"] * 3
     assert run_ranks(_tampered, 3, "weights", False) == ["agreed"] * 3
+
+
+def _group_of(rank, owner):
+    """Two pairs of ranks, each with learning rates of its own; the group is the metric's or the scheduler's."""
+    pairs = [torch.distributed.new_group([0, 2]), torch.distributed.new_group([1, 3])]
+    pair = pairs[rank % 2]
+    scheduler = ReduceLROnPlateau(sgd(1.0 + rank % 2), process_group=pair if owner == "scheduler" else None)
+    metric = GlobalMean(pair if owner == "metric" else None)
+    metric.update(float(rank))
+    return scheduler.step(metric).value
+
+
+@pytest.mark.parametrize("owner", ["scheduler", "metric"])
+def test_pairs_of_ranks_decide_by_themselves(owner):
+    assert run_ranks(_group_of, 4, owner) == [1.0, 2.0, 1.0, 2.0]
+
+
+def _print_on(rank):
+    import contextlib
+    import io
+
+    scheduler, output = ReduceLROnPlateau(sgd(), patience=0, verbose=True), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        scheduler.step(1.0)
+        scheduler.step(1.0)
+    return output.getvalue().count("reduced")
+
+
+def test_verbose_prints_on_one_rank():
+    assert run_ranks(_print_on, 3) == [1, 0, 0]
 
 
 def _all_schedules(rank, name):

@@ -167,10 +167,10 @@ def _unpadded(values: Values) -> int | None:
     if state is None or not state.GradientState._shared_state:
         return None
     gradient = state.GradientState()
-    ranks = state.PartialState().num_processes
-    if ranks == 1 or not gradient.end_of_dataloader:
+    if not gradient.end_of_dataloader:
         return None
-    last = _last_round(gradient, ranks)
+    ranks = state.PartialState().num_processes
+    last = _last_round(gradient, ranks) if ranks > 1 else None
     if last is None:
         return None
     batch, real = last

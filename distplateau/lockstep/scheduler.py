@@ -384,7 +384,8 @@ class LockstepScheduler:
         }
         details = {
             "learning rates": ", ".join(f"{lr:.6g}" for lr in lrs),
-            "scheduler state": f"best {state.best:.6g}, bad {state.num_bad}, validations {state.validations}",
+            "scheduler state": f"best {state.best:.6g}, bad {state.num_bad}, validations {state.validations}, "
+            f"settings {consensus.digest(repr(rule).encode()).hex()[:6]}",
             "step": str(state.step),
             "weights": f"checksum {weights.hex()[:12]}",
         }
