@@ -407,6 +407,42 @@ def test_a_run_that_is_made_longer_follows_the_new_curve():
         assert optimizer.param_groups[0]["lr"] == pytest.approx((1 + math.cos(math.pi * 51 / 200)) / 2)
 
 
+@pytest.mark.parametrize("name", ["plateau", "cosine", "onecycle"])
+@pytest.mark.parametrize("steps", [3, 20])
+def test_an_optimizer_that_is_restored_before_the_scheduler_is_made(name, steps):
+    def make(optimizer):
+        return make_scheduler(optimizer, name, PlateauRule(warmup_steps=10), {}, Length(40, 8))
+
+    optimizer = sgd(1.0)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+    fresh = sgd(1.0)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = make(fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(scheduler.state_dict())
+        for _ in range(15):
+            assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+            fresh.step()
+            optimizer.step()
+    assert resumed.state == scheduler.state
+
+
+def test_a_scheduler_is_made_again_for_an_optimizer_at_the_end_of_its_decay():
+    optimizer = sgd(1e-7)
+    scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+    for _ in range(4):
+        scheduler.step(1.0)
+    assert scheduler.get_last_lr() == [1e-8]  # eps lets it go no further
+    again = ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.state == scheduler.state
+    with pytest.raises(ValueError, match="eps=1e-08 blocks every drop"):
+        ReduceLROnPlateau(sgd(1e-8))
+
+
 def test_a_hand_edit_before_saving_survives():
     optimizer = sgd(1.0)
     scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.5)

@@ -109,7 +109,8 @@ class LockstepScheduler:
         self.process_group = process_group
         self.timeout = timeout
         self.on_reduce = list(on_reduce)
-        self._state = schedule.start(_read_lrs(optimizer))
+        self._found = _read_lrs(optimizer)
+        self._state = _start(schedule, optimizer)
         self._updated_by_hook = False
         self._counted_by_hand = 0
         self._just_loaded = False
@@ -298,7 +299,11 @@ class LockstepScheduler:
         applied = state_dict.get("applied_lrs", state_dict.get("_last_lr"))
         self._just_loaded = applied is not None and len(applied) == groups
         if applied is not None and self._just_loaded:
-            self._applied = tuple(float(lr) for lr in applied)
+            saved = tuple(float(lr) for lr in applied)
+            if saved == self._found and _read_lrs(self.optimizer) == self._applied:
+                # The optimizer was restored before this object was made, which then wrote the start of its warmup.
+                self._write(saved)
+            self._applied = saved
 
     @property
     def last_epoch(self) -> int:
@@ -332,9 +337,12 @@ class LockstepScheduler:
             self._apply()
 
     def _apply(self) -> None:
-        """Write the learning rates; a tensor keeps its identity and its device."""
         self._applied = self.schedule.applied(self._state)
-        for group, lr in zip(self.optimizer.param_groups, self._applied, strict=False):
+        self._write(self._applied)
+
+    def _write(self, lrs: Sequence[float]) -> None:
+        """Set the learning rates; a tensor keeps its identity and its device."""
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -646,6 +654,18 @@ def _unshare_lrs(optimizer: Optimizer) -> None:
         if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
             group["lr"] = group["lr"].clone()
         seen.add(id(group["lr"]))
+
+
+def _start(schedule: Schedule, optimizer: Optimizer) -> PlateauState:
+    """Start from the optimizer's learning rates; whether they can drop is asked of those that training began with."""
+    lrs = _read_lrs(optimizer)
+    try:
+        return schedule.start(lrs)
+    except ValueError:
+        first = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        if first == lrs:
+            raise
+        return replace(schedule.start(first), lrs=lrs)
 
 
 def _read_lrs(optimizer: Optimizer) -> tuple[float, ...]:
