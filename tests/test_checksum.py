@@ -98,6 +98,15 @@ def test_shards_are_meant_to_differ_and_are_left_out(kind):
     assert all("weights: " in message for message in run_ranks(_sharded, 2, kind, False))  # negative control
 
 
+@pytest.mark.parametrize("mark", ["device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id"])
+def test_parameters_marked_as_sharded_are_left_out(mark):
+    """Also those of libraries that are not installed here, such as DeepSpeed."""
+    marked, plain = torch.nn.Parameter(torch.ones(3)), torch.ones(2)
+    assert parameters_digest([marked, plain]) != parameters_digest([plain])
+    setattr(marked, mark, True)
+    assert parameters_digest([marked, plain]) == parameters_digest([plain])
+
+
 def _replicated_beside_shards(rank):
     """What is not sharded is still compared."""
     from torch.distributed.device_mesh import init_device_mesh

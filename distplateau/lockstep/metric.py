@@ -70,6 +70,9 @@ class GlobalMean:
         A loader prepared by Accelerate pads the last round of batches with samples that were seen before
         (``even_batches=True``). They are recognised through Accelerate's ``GradientState`` and left out, provided that
         `values` has one entry per sample along its first dimension.
+        Where the validation runs inside a loop over a prepared training loader, prepare the validation loader as well:
+        at the last batch of the outer one it could not be told from padding otherwise (nor can
+        ``gather_for_metrics``).
         """
         keep = _unpadded(values)
         if keep is not None:
