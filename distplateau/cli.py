@@ -7,6 +7,7 @@ that names the dotted key, and because ``--help`` must not import torch.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from distplateau.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 
@@ -143,6 +144,28 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     return FAILED if any(verdict.findings for verdict in verdicts) else DONE
 
 
+def _replay(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.record.curves import read_curve
+    from distplateau.record.replay import VARIED, replay
+    from distplateau.record.replay_figure import save_replay
+    from distplateau.record.replay_table import print_replay
+
+    varied = {name: getattr(options, name) for name in VARIED}
+    fixed = {"mode": options.mode, "threshold_mode": options.threshold_mode}
+    for place, source in enumerate(options.sources):
+        curve = read_curve(source, options.monitor)
+        result = replay(curve, varied, fixed, options.lr)
+        if place:
+            sys.stdout.write("\n")
+        print_replay(result)
+        number = f"-{place + 1}" if options.out and len(options.sources) > 1 else ""
+        target = (options.out / f"replay{number}") if options.out else curve.picture
+        paths = save_replay(result, target)
+        sys.stdout.write(f"picture {', '.join(str(path) for path in paths)}\n")
+    return DONE
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="distplateau",
@@ -218,7 +241,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(run=_verify)
+
+    command = commands.add_parser(
+        "replay",
+        help="what another patience, factor, ... would have decided on a recorded curve",
+        description="Run the rule again on a recorded curve, with every combination of the values given; without any, "
+        "with several patiences. Reads a run folder, a CSV of any tool, a Lightning metrics.csv, an HF "
+        "trainer_state.json, an offline wandb run, or wandb:ENTITY/PROJECT/RUN_ID. Writes a picture beside it.",
+    )
+    command.add_argument("sources", nargs="+", metavar="RUN|FILE", help="what recorded the curve")
+    for name, kind in (("patience", int), ("factor", float), ("threshold", float), ("cooldown", int)):
+        command.add_argument(f"--{name}", type=_values(kind), metavar="A,B,...", help=f"values of schedule.{name}")
+    command.add_argument("--smoothing", type=_values(float), metavar="A,B,...", help="values of schedule.smoothing")
+    command.add_argument("--min-lr", type=_values(float), metavar="A,B,...", help="values of schedule.min_lr")
+    command.add_argument("--schedule", type=_values(str), metavar="A,B", help="plateau, greedy")
+    command.add_argument("--mode", choices=["min", "max"], help="default: as recorded, or by the metric's name")
+    command.add_argument("--threshold-mode", choices=["rel", "abs"], help="default: as recorded, or rel")
+    command.add_argument("--monitor", "--column", metavar="NAME", help="metric or column that is the curve")
+    command.add_argument("--lr", type=_positive, help="learning rate at the start; default: as recorded")
+    command.add_argument("--out", type=Path, metavar="FOLDER", help="where the pictures go; default: beside the record")
+    command.set_defaults(run=_replay)
     return parser
+
+
+def _values(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Read ``3,5,10``."""
+
+    def read(text: str) -> list[Any]:
+        words = [word.strip() for word in text.split(",")]
+        try:
+            return [kind(word) for word in words]
+        except ValueError:
+            example = "3,5,10" if kind is int else "0.1,0.5"
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as {example}") from None
+
+    return read
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return value
 
 
 class _Parser(argparse.ArgumentParser):

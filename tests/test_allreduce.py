@@ -82,6 +82,29 @@ def test_the_survivor_of_a_dead_rank_is_told(tmp_path):
     assert message.startswith("validation 5: rank 0 of 2 lost the connection to another rank")
 
 
+class _Endless:
+    """The work of a collective that one rank does not come to; as NCCL's, it does not end its wait by itself."""
+
+    def is_completed(self):
+        return False
+
+
+def test_the_deadline_holds_where_waiting_takes_no_timeout(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_args, **_options: _Endless())
+    monkeypatch.setattr(dist, "get_backend_config", lambda _group: "cuda:other")
+    begin = time.monotonic()
+    with pytest.raises(allreduce.ExchangeTimeoutError):
+        allreduce.sum_over_ranks([1], None, 0.2 * SECOND)
+    assert 0.2 <= time.monotonic() - begin < 2
+
+
+def test_the_device_of_the_payload_is_chosen_by_the_group(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for config, device in (("cpu:gloo,cuda:gloo", "cpu"), ("cuda:nccl", "cuda:3"), ("cpu:gloo,cuda:nccl", "cuda:3")):
+        monkeypatch.setattr(dist, "get_backend_config", lambda _group, config=config: config)
+        assert str(allreduce.payload_device(None)) == device
+
+
 @pytest.fixture
 def threaded_ranks() -> Iterator[Callable[[int, Callable[[int], None]], None]]:
     """torch's own simulated process group: every rank is a thread."""

@@ -18,6 +18,7 @@ ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "cli",
 STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplateau.lockstep.schedules"]
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
 NO_TORCH = "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report".split()
+NO_TORCH += [f"distplateau.record.{name}" for name in ("verify", "curves", "replay", "replay_table", "replay_figure")]
 
 
 def module_name(path, root=PACKAGE.parent):
@@ -159,6 +160,8 @@ assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["verify", "--help"], ["replay", "--help"], ["--version"]]
+)
 def test_help_does_not_import_torch(arguments):
     subprocess.run([sys.executable, "-c", _RUN_CLI, *arguments], capture_output=True, text=True, check=True)

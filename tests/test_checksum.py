@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from distplateau import ReduceLROnPlateau
@@ -35,6 +35,8 @@ def test_any_flipped_bit_changes_it(shape, dtype, place, bit):
 
 
 @given(first=st.integers(0, 4095), second=st.integers(0, 4095))
+@example(first=0, second=2048)  # of the same column in the folded view: the sums of the rows tell
+@example(first=0, second=2)  # of the same row: those of the columns do
 def test_two_values_that_change_places_are_seen(first, second):
     tensor = values((4096,), torch.float32)
     swapped = tensor.clone()
@@ -59,7 +61,13 @@ def _sharded(rank, kind, guarded):
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 2))
-    if kind == "fsdp2":
+    if kind.startswith("fsdp1"):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        original = kind == "fsdp1, original parameters"
+        model = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+        parameters = list(model.parameters())
+    elif kind == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
         fully_shard(model, mesh=mesh)
@@ -84,10 +92,19 @@ def _sharded(rank, kind, guarded):
         checksum.is_sharded = is_sharded
 
 
-@pytest.mark.parametrize("kind", ["dtensor", "fsdp2"])
+@pytest.mark.parametrize("kind", ["dtensor", "fsdp1", "fsdp1, original parameters", "fsdp2"])
 def test_shards_are_meant_to_differ_and_are_left_out(kind):
     assert run_ranks(_sharded, 2, kind, True) == ["improved"] * 2
     assert all("weights: " in message for message in run_ranks(_sharded, 2, kind, False))  # negative control
+
+
+@pytest.mark.parametrize("mark", ["device_mesh", "_is_flat_param", "_fsdp_flattened", "ds_id"])
+def test_parameters_marked_as_sharded_are_left_out(mark):
+    """Also those of libraries that are not installed here, such as DeepSpeed."""
+    marked, plain = torch.nn.Parameter(torch.ones(3)), torch.ones(2)
+    assert parameters_digest([marked, plain]) != parameters_digest([plain])
+    setattr(marked, mark, True)
+    assert parameters_digest([marked, plain]) == parameters_digest([plain])
 
 
 def _replicated_beside_shards(rank):

@@ -12,6 +12,7 @@ import pytest
 
 from distplateau.record.ledger import read_ledger
 
+ROOT = Path(__file__).parent.parent
 KEYS = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad")
 # On the cluster a run takes a quarter of a minute, so that there is time to disturb it.
 CONFIG = """
@@ -227,6 +228,50 @@ def test_a_sweep_is_an_array_with_a_folder_for_each_run(runs):
     assert folders == [f"patience={p},factor={f}" for p in (0, 1, 3) for f in (0.1, 0.5)]
     runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
     assert job.endswith("_0")
+
+
+@pytest.mark.cluster
+def test_the_recipe_with_accelerate_launch_survives_a_preemption(runs, whole):
+    """slurm/train.sbatch as it stands, with options for a cluster without GPUs."""
+    launch = (ROOT / "launch" / "many_nodes.yaml").read_text()
+    (runs.folder / "many_nodes.yaml").write_text(launch.replace("use_cpu: false", "use_cpu: true"))
+    (runs.folder / "run.toml").write_text(CONFIG.format(epochs=EPOCHS))
+    exports = {"PYTHON": sys.executable, "LAUNCH_CONFIG": "many_nodes.yaml", "RANKS_PER_NODE": "2",
+               "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    options = [
+        "--gpus-per-node=0",
+        "--cpus-per-task=2",
+        "--time=10",
+        "--signal=B:USR2@30",
+        "--exclusive",
+        "-o",
+        "out.txt",
+    ]
+    command = ["sbatch", *options, ROOT / "slurm" / "train.sbatch", "run.toml", "--run.name", "recipe"]
+    said = subprocess.run(command, cwd=runs.folder, env={**runs.cluster.env, **exports}, capture_output=True, text=True,
+                          check=True).stdout  # fmt: skip
+    job = said.split()[-1]
+    runs.wait_for_validation("recipe", 5)
+    runs.cluster.preempt(runs.folder)
+    assert_survived(runs, whole, "recipe", job)
+    assert "queued again (1 of 20)" in (runs.folder / "out.txt").read_text()
+
+
+@pytest.mark.cluster
+def test_the_doctor_looks_into_the_allocation(runs):
+    (runs.folder / "profile.toml").write_text(PROFILE.format(**{**DEFAULTS, "partition": "high"}))
+    command = [sys.executable, "-m", "distplateau", "doctor", "--cluster", "profile.toml"]
+    done = subprocess.run(command, cwd=runs.folder, env=runs.cluster.env, capture_output=True, text=True, check=False)
+    found = {line[6:22].strip(): (line[:4].strip(), line[22:]) for line in done.stdout.splitlines()}
+    for name in ("Slurm", "allocation", "shared folder", "ranks", "versions", "clocks", "all-reduce", "learning rate"):
+        assert found[name][0] == "good", done.stdout
+    assert found["preemption"] == ("good", "high is not preempted")
+    assert found["learning rate"][1] == "all 4 ranks come to 0.25"
+    assert not list((runs.folder / "runs").glob(".doctor-*"))
+    (runs.folder / "profile.toml").write_text(PROFILE.format(**{**DEFAULTS, "partition": "nowhere"}))
+    done = subprocess.run(command, cwd=runs.folder, env=runs.cluster.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "BAD   allocation" in done.stdout and "invalid partition" in done.stdout
 
 
 @pytest.mark.cluster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from datetime import timedelta
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from distplateau.lockstep import consensus
 from distplateau.lockstep.consensus import ConsensusTimeoutError, DisagreementError, Fingerprint, decode, digest, encode
 from distplateau.lockstep.exact import ExactSum, Partial
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 
 
 def simulate(parts):
@@ -141,3 +142,44 @@ def _in_subgroup(rank):
 
 def test_subgroups():
     assert run_ranks(_in_subgroup, 3) == [1.0, None, 1.0]
+
+
+def _disagreement_in_subgroup(rank):
+    group = torch.distributed.new_group([1, 2, 3])
+    if rank == 0:
+        with pytest.raises(ValueError, match="validation 1: this process is not in the process group"):
+            consensus.exchange([], Fingerprint(), group=group, label="validation 1")
+        return None
+    with pytest.raises(DisagreementError) as caught:
+        consensus.exchange([], fingerprint("odd" if rank == 3 else "same"), group=group)
+    return str(caught.value)
+
+
+def test_a_subgroup_names_its_ranks_as_the_launcher_does_and_refuses_others():
+    nobody, *messages = run_ranks(_disagreement_in_subgroup, 4)
+    assert nobody is None
+    assert all("weights: rank 3 (" in message and "against ranks 1, 2 (" in message for message in messages)
+
+
+def _gone_before_it_says_what_it_holds(rank, path):
+    if rank == 1:
+        consensus._describe = lambda *_: os._exit(1)
+    with pytest.raises(DisagreementError) as caught:
+        consensus.exchange([], fingerprint(str(rank)), label="validation 4")
+    path.write_text(str(caught.value))
+
+
+def test_a_disagreement_is_told_without_the_rank_that_went_away(tmp_path):
+    with pytest.raises(RankError, match="rank 1: died"):
+        run_ranks(_gone_before_it_says_what_it_holds, 2, tmp_path / "told")
+    assert (
+        (tmp_path / "told").read_text().startswith("validation 4: the replicas disagree, training stops. They differ")
+    )
+
+
+def test_more_ranks_than_the_sums_are_exact_for_are_refused(monkeypatch):
+    monkeypatch.setattr(consensus, "world_size", lambda _group: consensus.MAX_RANKS + 1)
+    with pytest.raises(ValueError, match="at most 32767"):
+        consensus.exchange([], Fingerprint())
+    for number in (2**48 - 1, (2**24 - 1) ** 2):  # a limb, the square of a chunk
+        assert consensus.MAX_RANKS * number < 2**63

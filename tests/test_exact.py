@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplateau.lockstep.exact import ExactSum, Partial, WeightError
+from ranks import run_ranks
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -139,20 +140,25 @@ def test_weights_that_are_not_allowed_are_refused(weight):
         total.mean()
 
 
-def test_values_are_copied():
-    buffer = torch.ones(4)
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (0,)])
+@pytest.mark.parametrize("array", [False, True])
+def test_values_and_weights_are_copied(shape, array):
+    buffer, weights = torch.ones(shape), torch.ones(shape)
     total = ExactSum()
-    total.add(buffer)
+    total.add(2.0)
+    total.add(*((buffer.numpy(), weights.numpy()) if array else (buffer, weights)))
     buffer.fill_(100.0)
-    assert total.mean() == 1.0
+    weights.fill_(7.0)
+    assert total.mean() == rounded(Fraction(2 + buffer.numel(), 1 + buffer.numel()))
 
 
-def test_weights_are_copied():
-    weights = torch.ones(2)
+def test_views_that_are_not_contiguous():
+    values, weights = torch.arange(12.0).view(3, 4), torch.arange(12.0).view(4, 3)
     total = ExactSum()
-    total.add(torch.tensor([1.0, 3.0]), weights)
-    weights[0] = 0.0
-    assert total.mean() == 2.0
+    total.add(values.t(), weights)
+    total.add(values[:, ::2])
+    total.add(torch.tensor(5.0).expand(2, 2))
+    assert total.sum() == float((values.t() * weights).sum() + values[:, ::2].sum() + 20)
 
 
 def test_numbers_and_scalar_weights():
@@ -182,20 +188,78 @@ def test_many_blocks_and_folds(monkeypatch):
     total = ExactSum()
     for part in values.split(37):
         total.add(part)
+    assert total._folded != Partial()  # it folded on the way, before the limbs could overflow
     assert total.sum() == rounded(fraction_sum(values))
     assert total.partial().count() == 3000
 
 
-def test_flush_to_zero_mode_changes_nothing():
-    subnormal = torch.tensor([5e-324], dtype=torch.float64)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_flush_to_zero_mode_changes_nothing(dtype):
+    subnormal = torch.tensor([0.625 * torch.finfo(dtype).smallest_normal], dtype=dtype)
+    value = subnormal.item()
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no flush-to-zero mode")
     try:
-        lost = (subnormal * 2.0**200).item()  # negative control: arithmetic on it gives zero
+        lost = (subnormal.double() * 2.0).item()  # negative control: arithmetic on it gives zero
         total = ExactSum()
         total.add(subnormal, 2.0**200)
-        result = total.sum()
+        plain = ExactSum()
+        plain.add(subnormal)
+        weighted, unweighted = total.partial(), plain.partial()
     finally:
         torch.set_flush_denormal(False)
-    assert lost == 0.0
-    assert result == 5e-324 * 2.0**200
+    assert dtype == torch.float16 or lost == 0.0  # all float16 are normal numbers in float32
+    assert weighted.sum() == value * 2.0**200
+    assert unweighted.sum() == value
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_blocks_that_fill_up_in_inference_mode(monkeypatch, first):
+    monkeypatch.setattr("distplateau.lockstep.exact._BLOCK", 8)
+    total = ExactSum()
+    with torch.inference_mode(first):
+        total.add(torch.ones(9), torch.ones(9))
+    with torch.inference_mode(not first):
+        total.add(torch.ones(10))
+    assert total.partial().count() == total.sum() == 19
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+@pytest.mark.parametrize("weight", [3.0, 3, torch.tensor(3), torch.tensor([3.0]), torch.tensor([[3.0]])], ids=repr)
+def test_one_weight_for_all_whatever_the_size_of_the_batch(count, weight):
+    """The last batch of one rank may have a single value: an error there would leave the others waiting."""
+    total = ExactSum()
+    total.add(torch.full((count,), 2.0), weight)
+    total.add(torch.tensor(2.0), weight)
+    assert (total.mean(), total.partial().count()) == (2.0, 3 * (count + 1))
+
+
+def test_arrays_and_lists():
+    import numpy as np
+
+    total = ExactSum()
+    total.add(np.array([2**60, 1]), np.array([1.0, 0.5]))
+    total.add([0.1], [1])
+    exact = 2**60 + Fraction(1, 2) + Fraction(0.1)
+    assert total.sum() == rounded(exact)
+    with pytest.raises(ValueError, match="one weight per value"):
+        total.add(torch.ones(3), [1.0, 2.0])
+
+
+def test_dtypes_that_torch_does_not_promote_may_be_mixed():
+    total = ExactSum()
+    for dtype in (torch.uint32, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float32, torch.uint16):
+        total.add(torch.ones(3).to(dtype))
+    assert total.sum() == 18.0
+
+
+def _add_dtensor(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    with pytest.raises(TypeError, match="cannot sum a DTensor: add its to_local"):
+        ExactSum().add(distribute_tensor(torch.ones(2), init_device_mesh("cpu", (1,)), [Replicate()]))
+
+
+def test_a_dtensor_is_refused_when_it_is_added():
+    run_ranks(_add_dtensor, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import random
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distplateau.errors import InputError
-from distplateau.record.ledger import FILE_NAME, Ledger, decode, encode, read_ledger
+from distplateau.record.ledger import FILE_NAME, Ledger, Line, decode, encode, read_ledger, read_lines
 
 property_test = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -175,6 +176,39 @@ def test_a_whole_line_that_lacks_only_its_end_is_kept(tmp_path):
     validate(Ledger(tmp_path), 2)
     assert numbers(tmp_path) == [1, 2]
     assert read_ledger(tmp_path).torn_lines == []
+
+
+# Seals.
+
+
+def test_each_line_is_sealed_over_the_one_before(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.append("start", run="Ü")
+    validate(ledger, 1)
+    ledger = Ledger(tmp_path)  # goes on where the other one stopped
+    validate(ledger, 2)
+    with ledger.path.open("a") as file:
+        file.write('{"event":"validation","valid')
+    validate(Ledger(tmp_path), 2)  # a torn line is passed over
+    lines = [line for line in read_lines(ledger.path) if line.event]
+    previous = ""
+    for line in lines:
+        content = encode(line.event)
+        assert line.content == content
+        previous = hashlib.sha256((previous + content).encode()).hexdigest()[:16]
+        assert line.seal == previous
+        assert line.text == f'{content[:-1]},"seal":"{previous}"}}'
+        assert "seal" not in line.event
+    assert len(lines) == 4
+
+
+def test_whole_lines_are_told_from_torn_ones(tmp_path):
+    Ledger(tmp_path).append("start", digest="0123456789abcdef")
+    [line] = read_lines(tmp_path / FILE_NAME)
+    assert line.was_whole
+    assert Line(1, line.text + "\x0b", None).was_whole
+    assert Line(1, line.text[:-1] + "|", None).was_whole
+    assert not any(Line(1, line.text[:length], None).was_whole for length in range(len(line.text) - 3))
 
 
 # Requeues.

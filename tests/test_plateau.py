@@ -297,6 +297,11 @@ def test_at_the_floor_a_bad_validation_is_no_reduction():
     assert kinds(rule, [1.0, 1.0, 1.0, 1.0]) == ["improved", "reduced", "cooldown", "bad"]
 
 
+def test_a_better_metric_is_told_also_in_the_cooldown():
+    rule = PlateauRule(factor=0.5, patience=0, cooldown=2)
+    assert kinds(rule, [1.0, 1.0, 0.5, 0.5, 0.5]) == ["improved", "reduced", "improved", "cooldown", "reduced"]
+
+
 @pytest.mark.parametrize(("name", "value"), [("factor", (0.5, 0.1)), ("min_lr", (0.1, 0.1, 0.1, 0.1))])
 def test_a_tuple_of_another_length_than_the_groups(name, value):
     with pytest.raises(ValueError, match=f"{name} has {len(value)} entries for 3 parameter groups"):
@@ -310,6 +315,8 @@ def test_eps_that_blocks_every_drop_is_refused():
     for _ in range(5):
         twin.step(1.0)
     assert observed(twin)[-1] == (1e-8,)
+    with pytest.raises(ValueError, match="blocks every drop"):
+        start(PlateauRule(factor=0.5, eps=0.5), (1.0,))  # a drop of exactly eps is not made
     start(PlateauRule(eps=0), (1e-8,))
     start(PlateauRule(), (1e-8, 1.0))  # one group can drop
     start(PlateauRule(min_lr=1.0), (1.0,))  # a floor says on purpose that nothing may drop

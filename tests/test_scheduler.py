@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 import random
 import subprocess
 import sys
@@ -169,6 +170,53 @@ def test_a_value_changed_by_hand_is_respected(tensor_lr):
     assert (decision.lr_before, decision.lr_after) == ((0.25,), (0.125,))
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_step_update_more_often_than_the_optimizer_steps_counts_nothing_twice(accumulation):
+    """With gradient accumulation a loop calls it for every micro-batch, and after a resume once more from the start."""
+    optimizer = sgd(1.0)
+    scheduler, seen = ReduceLROnPlateau(optimizer, warmup_steps=8), []
+    for micro_batch in range(4 * accumulation):
+        if micro_batch % accumulation == accumulation - 1:
+            scheduler.step_update()  # before the step as well
+            optimizer.step()
+            seen.append(scheduler.state.step)
+        scheduler.step_update()
+    assert seen == [1, 2, 3, 4]
+
+
+def test_the_first_step_is_made_with_the_first_rate_of_the_warmup():
+    optimizer, used = sgd(1.0), []
+    scheduler = ReduceLROnPlateau(optimizer, warmup_steps=8)
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(3):
+        scheduler.step_update()
+    optimizer.step()
+    optimizer.step()
+    assert used == [0.125, 0.25]
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda scheduler: pickle.loads(pickle.dumps(scheduler))])
+def test_a_copy_follows_its_own_optimizer(way):
+    scheduler = ReduceLROnPlateau(sgd(1.0), warmup_steps=5)
+    scheduler.optimizer.step()
+    twin = way(scheduler)
+    twin.optimizer.step()
+    twin.step_update()
+    assert (twin.state.step, scheduler.state.step) == (2, 1)
+    assert (twin.get_last_lr(), scheduler.get_last_lr()) == ([0.6], [0.4])
+
+
+def test_a_learning_rate_tensor_that_torch_shares_between_groups():
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=rate)
+    assert optimizer.param_groups[0]["lr"] is optimizer.param_groups[1]["lr"]  # else there is nothing to test
+    scheduler = ReduceLROnPlateau(optimizer, factor=(0.5, 0.25), patience=0)
+    lrs = [scheduler.step(1.0).lr_after for _ in range(3)]
+    assert lrs == [(1.0, 1.0), (0.5, 0.25), (0.25, 0.0625)]
+    assert scheduler.get_last_lr() == [0.25, 0.0625]
+    assert optimizer.param_groups[0]["lr"] is rate
+
+
 def test_a_hand_edit_during_warmup_moves_the_peak():
     optimizer = sgd(1.0)
     scheduler = ReduceLROnPlateau(optimizer, warmup_steps=4)
@@ -311,6 +359,136 @@ def test_new_settings_win_and_the_difference_is_told():
     assert scheduler.patience == 7
 
 
+def test_a_floor_that_changed_is_told():
+    scheduler = ReduceLROnPlateau(sgd(), min_lr=0.2)
+    with pytest.warns(UserWarning, match=r"min_lrs \[0.1\] -> \(0.2,\)"):
+        scheduler.load_state_dict(ReduceLROnPlateau(sgd(), min_lr=0.1).state_dict())
+
+
+def resumed_with(first, second, steps):
+    """Make some steps, resume with another scheduler and its optimizer in either order, and give back both of them."""
+    optimizer = sgd(1.0)
+    scheduler = first(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+    scheduler.step(1.0)
+    for scheduler_first in (True, False):
+        fresh = sgd(1.0)
+        resumed = second(fresh)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the settings
+            states = [(resumed, scheduler.state_dict()), (fresh, optimizer.state_dict())]
+            for target, state in states if scheduler_first else reversed(states):
+                target.load_state_dict(copy.deepcopy(state))
+        yield fresh, resumed
+
+
+@pytest.mark.parametrize(("before", "now"), [(0, 100), (100, 0), (100, 200), (60, 20)])
+def test_another_warmup_after_a_resume_is_no_edit_by_hand(before, now):
+    for optimizer, resumed in resumed_with(
+        lambda o: ReduceLROnPlateau(o, warmup_steps=before), lambda o: ReduceLROnPlateau(o, warmup_steps=now), 50
+    ):
+        used = []
+        optimizer.register_step_pre_hook(lambda *_, o=optimizer, u=used: u.append(o.param_groups[0]["lr"]))
+        optimizer.step()
+        assert used == [51 / now if now > 51 else 1.0]
+        for _ in range(200):
+            optimizer.step()
+        assert (optimizer.param_groups[0]["lr"], resumed.state.lrs) == (1.0, (1.0,))
+
+
+def test_a_run_that_is_made_longer_follows_the_new_curve():
+    def cosine(steps):
+        return lambda o: make_scheduler(o, "cosine", PlateauRule(), {}, Length(steps, 10))
+
+    for optimizer, resumed in resumed_with(cosine(100), cosine(200), 50):
+        optimizer.step()
+        assert resumed.state.lrs == (1.0,)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx((1 + math.cos(math.pi * 51 / 200)) / 2)
+
+
+@pytest.mark.parametrize("name", ["plateau", "cosine", "onecycle"])
+@pytest.mark.parametrize("steps", [3, 20])
+def test_an_optimizer_that_is_restored_before_the_scheduler_is_made(name, steps):
+    def make(optimizer):
+        return make_scheduler(optimizer, name, PlateauRule(warmup_steps=10), {}, Length(40, 8))
+
+    optimizer = sgd(1.0)
+    scheduler = make(optimizer)
+    for _ in range(steps):
+        optimizer.step()
+    fresh = sgd(1.0)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    resumed = make(fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(scheduler.state_dict())
+        for _ in range(15):
+            assert fresh.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+            fresh.step()
+            optimizer.step()
+    assert resumed.state == scheduler.state
+
+
+def test_a_scheduler_is_made_again_for_an_optimizer_at_the_end_of_its_decay():
+    optimizer = sgd(1e-7)
+    scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+    for _ in range(4):
+        scheduler.step(1.0)
+    assert scheduler.get_last_lr() == [1e-8]  # eps lets it go no further
+    again = ReduceLROnPlateau(optimizer, patience=0, factor=0.1)
+    again.load_state_dict(scheduler.state_dict())
+    assert again.state == scheduler.state
+    with pytest.raises(ValueError, match="eps=1e-08 blocks every drop"):
+        ReduceLROnPlateau(sgd(1e-8))
+
+
+def test_a_hand_edit_before_saving_survives():
+    optimizer = sgd(1.0)
+    scheduler = ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
+    optimizer.param_groups[0]["lr"] = 0.25
+    fresh = sgd(1.0)
+    resumed = ReduceLROnPlateau(fresh, patience=0, factor=0.5)
+    resumed.load_state_dict(scheduler.state_dict())
+    fresh.load_state_dict(optimizer.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert resumed.step(1.0).lr_after == (0.25,)
+
+
+@pytest.mark.parametrize("state", [{"best": 0.25, "last_epoch": 4}, "torch"])
+def test_a_foreign_state_is_beyond_the_warmup(state):
+    saved = sgd(0.125)
+    if state == "torch":
+        theirs = TorchPlateau(saved)
+        theirs.step(1.0)
+        state = theirs.state_dict()
+    optimizer = sgd(1.0)
+    scheduler = ReduceLROnPlateau(optimizer, warmup_steps=10)
+    scheduler.load_state_dict(state)
+    optimizer.load_state_dict(saved.state_dict())
+    for _ in range(20):
+        optimizer.step()
+        assert optimizer.param_groups[0]["lr"] == 0.125
+    assert scheduler.step(0.1).kind == "improved"
+
+
+@pytest.mark.parametrize("cls", [ReduceLROnPlateau, TorchPlateau])
+def test_an_infinite_best_that_was_loaded_can_be_beaten(cls):
+    saved = cls(sgd(), mode="max")  # starts from -inf, as does torch's best after a metric of -inf
+    scheduler = ReduceLROnPlateau(sgd(), mode="min")
+    with pytest.warns(UserWarning, match="'max' -> 'min'"):
+        scheduler.load_state_dict(saved.state_dict())
+    assert scheduler.step(1.0).kind == "improved"
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [("greedy", "plateau"), ("plateau", "greedy")])
+def test_the_state_of_another_schedule_is_refused(saved, loaded):
+    first, second = (make_scheduler(sgd(), name, PlateauRule(), {}, Length(40, 8)) for name in (saved, loaded))
+    with pytest.raises(ValueError, match="the state is that of another schedule"):
+        second.load_state_dict(first.state_dict())
+
+
 def test_an_optimizer_that_was_not_restored_is_told():
     scheduler = ReduceLROnPlateau(sgd(), patience=0, factor=0.5)
     scheduler.step(1.0)
@@ -429,6 +607,8 @@ def _tampered(rank, what, check_weights):
             optimizer.step()
         elif what == "scheduler state":
             scheduler.num_bad_epochs = 1
+        elif what == "settings":
+            scheduler.patience = 3
     try:
         scheduler.step(1.0)
     except DisagreementError as error:
@@ -436,18 +616,48 @@ def _tampered(rank, what, check_weights):
     return "agreed"
 
 
-@pytest.mark.parametrize("what", ["weights", "learning rates", "step", "scheduler state"])
+@pytest.mark.parametrize("what", ["weights", "learning rates", "step", "scheduler state", "settings"])
 def test_one_changed_bit_is_found_at_the_next_validation(what):
     messages = run_ranks(_tampered, 3, what, True)
     assert len(set(messages)) == 1
     assert "validation 2" in messages[0]
-    assert f"{what}: rank 1 (" in messages[0]
+    assert f"{'scheduler state' if what == 'settings' else what}: rank 1 (" in messages[0]
     assert "against ranks 0, 2" in messages[0]
 
 
 def test_untouched_replicas_agree_and_the_weight_check_can_be_turned_off():
     assert run_ranks(_tampered, 3, "nothing", True) == ["agreed"] * 3
     assert run_ranks(_tampered, 3, "weights", False) == ["agreed"] * 3
+
+
+def _group_of(rank, owner):
+    """Two pairs of ranks, each with learning rates of its own; the group is the metric's or the scheduler's."""
+    pairs = [torch.distributed.new_group([0, 2]), torch.distributed.new_group([1, 3])]
+    pair = pairs[rank % 2]
+    scheduler = ReduceLROnPlateau(sgd(1.0 + rank % 2), process_group=pair if owner == "scheduler" else None)
+    metric = GlobalMean(pair if owner == "metric" else None)
+    metric.update(float(rank))
+    return scheduler.step(metric).value
+
+
+@pytest.mark.parametrize("owner", ["scheduler", "metric"])
+def test_pairs_of_ranks_decide_by_themselves(owner):
+    assert run_ranks(_group_of, 4, owner) == [1.0, 2.0, 1.0, 2.0]
+
+
+def _print_on(rank):
+    import contextlib
+    import io
+
+    scheduler, output = ReduceLROnPlateau(sgd(), patience=0, verbose=True), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        scheduler.step(1.0)
+        scheduler.step(1.0)
+    return output.getvalue().count("reduced")
+
+
+def test_verbose_prints_on_one_rank():
+    assert run_ranks(_print_on, 3) == [1, 0, 0]
 
 
 def _all_schedules(rank, name):

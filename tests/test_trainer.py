@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -212,6 +213,24 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
         (checkpoint / "manifest.json").write_text("{}")
     run_ranks(_train, 1, config)
     assert [e["validation"] for e in read_ledger(tmp_path / "run").validations] == list(range(1, 7))
+
+
+def test_two_processes_do_not_train_one_run(tmp_path, monkeypatch):
+    """As when a launcher starts so many single processes; those of one process group have one that holds the lock."""
+    from distplateau.training import lock
+
+    monkeypatch.setattr(lock, "_SECONDS", 0.2)
+    config = make_config(tmp_path)
+    config.run_dir.mkdir()
+    with lock.only_one(config.run_dir):
+        with pytest.raises(InputError, match=rf"run: is being trained by process {os.getpid()} on \S+; wait for it"):
+            train(config)
+        assert not (config.run_dir / "ledger.jsonl").exists()
+        monkeypatch.setenv("RANK", "1")
+        with lock.only_one(config.run_dir):
+            pass
+        monkeypatch.delenv("RANK")
+    train(config)
 
 
 def test_other_settings_are_refused_and_can_be_forced(tmp_path):

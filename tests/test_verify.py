@@ -91,6 +91,25 @@ def _die_after(rank, config, validations):
     return "finished"
 
 
+def _skip_steps(rank, config, override, skipping):
+    """Train with every seventh optimizer step left out, as a gradient scaler does that found an overflow."""
+    from distplateau.lockstep.scheduler import LockstepScheduler
+    from distplateau.training import trainer
+
+    count, calls = LockstepScheduler._count_step, [0]
+
+    def lagging(self):
+        calls[0] += 1
+        if calls[0] % 7 or not skipping:
+            count(self)
+
+    LockstepScheduler._count_step = lagging
+    try:
+        return _train_until(rank, config, 3) if override is None else trainer.train(config, override=override)
+    finally:
+        LockstepScheduler._count_step = count
+
+
 def _train_until_step(rank, config, step):
     """Train and be interrupted after a step, as by a signal."""
     from distplateau.training import interruption, trainer
@@ -195,6 +214,20 @@ def test_other_settings_of_a_resumed_run_are_no_false_alarm(tmp_path, before, af
     assert changed != config
     run_ranks(_train_config, 1, changed, True)
     assert problems(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("name", ["plateau", "cosine"])
+def test_optimizer_steps_that_were_left_out_are_recorded(tmp_path, name):
+    schedule = {"name": name, "warmup_steps": 50}
+    config = make_config(tmp_path, schedule=schedule)
+    assert run_ranks(_skip_steps, 1, config, None, True) == ["stopped"]
+    run_ranks(_skip_steps, 1, config, False, True)
+    assert problems(tmp_path / "run") == []
+    steps = [(e["step"], e.get("schedule_step")) for e in lines(tmp_path / "run") if "step" in e]
+    assert steps[:3] == [(22, 19), (44, 38), (66, 57)]
+    texts = [re.sub(r'"schedule_step":\d+,', "", line.content) for line in read_lines(tmp_path / "run" / FILE_NAME)]
+    write(tmp_path / "run", texts)
+    assert "lr_after" in problems(tmp_path / "run")[0]  # negative control
 
 
 def test_a_run_that_went_on_beyond_its_end_follows(tmp_path):

@@ -44,6 +44,7 @@ def is_sharded(parameter: Any) -> bool:
     return (
         hasattr(parameter, "device_mesh")  # DTensor: tensor parallelism and FSDP2
         or hasattr(parameter, "_is_flat_param")  # FSDP1
+        or hasattr(parameter, "_fsdp_flattened")  # FSDP1 with use_orig_params, which is Accelerate's default
         or type(parameter).__name__ == "FlatParameter"
         or hasattr(parameter, "ds_id")  # DeepSpeed ZeRO-3
     )

@@ -128,8 +128,12 @@ def exchange(
         On every rank alike, naming the ranks and what differs.
     ConsensusTimeoutError
         If a rank does not arrive, or goes away meanwhile.
+    ValueError
+        On a rank that is not in `group`.
     """
     ranks = world_size(group)
+    if ranks < 1:
+        raise ValueError(f"{label}: this process is not in the process group: only its ranks may step() or compute()")
     vector = encode(partials, fingerprint, votes)
     if ranks > 1:
         if ranks > MAX_RANKS:
@@ -201,18 +205,25 @@ def _describe(fatal: list[str], fingerprint: Fingerprint, group: dist.ProcessGro
     """Ask all ranks what they hold and name those that differ from the majority. Rare; all ranks get here alike."""
     mine = {item: (fingerprint.digests.get(item, b""), fingerprint.details.get(item, "")) for item in fatal}
     gathered: list[Any] = [None] * world_size(group)
-    dist.all_gather_object(gathered, mine, group=group)
     lines = [f"{label}: the replicas disagree, training stops."]
+    try:
+        dist.all_gather_object(gathered, mine, group=group)
+    except RuntimeError:  # the verdict stands without it
+        return f"{lines[0]} They differ in {', '.join(fatal)}; a rank went away before it said what it holds."
     for item in fatal:
         held = [by_item[item] for by_item in gathered]
         common, _ = Counter(value for value, _ in held).most_common(1)[0]
         odd = [r for r, (value, _) in enumerate(held) if value != common]
         same = [r for r, (value, _) in enumerate(held) if value == common]
-        lines.append(f"{item}: {_ranks(odd)} {_shown(held, odd)} against {_ranks(same)} {_shown(held, same)}")
+        lines.append(
+            f"{item}: {_ranks(odd, group)} {_shown(held, odd)} against {_ranks(same, group)} {_shown(held, same)}"
+        )
     return "\n  ".join(lines)
 
 
-def _ranks(numbers: list[int]) -> str:
+def _ranks(places: list[int], group: dist.ProcessGroup | None) -> str:
+    """Name ranks of a group by the numbers that the launcher and the logs know them by."""
+    numbers = places if group is None else [dist.get_global_rank(group, place) for place in places]
     shown = ", ".join(map(str, numbers[:8])) + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
     return f"rank {shown}" if len(numbers) == 1 else f"ranks {shown}"
 

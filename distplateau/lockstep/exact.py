@@ -32,7 +32,7 @@ _VALUE_LIMBS = VALUE_BITS // _LIMB_BITS + 3
 _WEIGHT_LIMBS = WEIGHT_BITS // _LIMB_BITS + 3
 _COUNTERS = 4  # nan, +inf, -inf, weights that are not allowed
 _FRACTION_BITS = 52
-_EXPONENT_MASK = 0x7FF
+_UNIT = 1074  # the position of 1 above the lowest bit of a float64
 _HALF_BITS = 27
 _BLOCK = 1 << 18  # elements per scatter: bounds the temporaries to a few MiB
 _FOLD = 1 << 28  # additions after which an int64 limb might overflow
@@ -143,26 +143,27 @@ class ExactSum:
         values
             Tensor of any shape, also empty, of a floating or integer dtype on any device; or a number. It is copied.
         weights
-            Tensor of the same shape, or a number that holds for all values; default 1. At least 0, and 0 leaves a
-            value out whatever it is. Sums of products are exact as well.
+            Tensor of the same shape, or a number (also a tensor of one) that holds for all values; default 1. At
+            least 0, and 0 leaves a value out whatever it is. Sums of products are exact as well.
 
         Raises
         ------
         TypeError
-            For complex or unsigned 64-bit values.
+            For complex or unsigned 64-bit values, and for a DTensor.
         ValueError
             If the shapes differ.
         """
         values = _as_tensor(values)
-        if isinstance(weights, Tensor):
-            if weights.numel() == 1 and values.numel() != 1:
-                weights = weights.expand(values.shape)
+        if weights is not None and not isinstance(weights, float | int):
+            weights = _as_tensor(weights)
+            if weights.numel() == 1:  # the last batch may have one value: this may not depend on its size
+                weights = weights.reshape(()).expand(values.shape)
             if weights.shape != values.shape:
                 raise ValueError(
                     f"weights of shape {tuple(weights.shape)} for values of shape {tuple(values.shape)}: "
                     f"give one weight per value"
                 )
-            weights = _flat_copy(_as_tensor(weights)).to(values.device)
+            weights = _flat_copy(weights).to(values.device)
         size = values.numel()
         if size:
             self._pending.append((_flat_copy(values), weights))
@@ -189,13 +190,11 @@ class ExactSum:
         return self.partial().mean()
 
     def _flush(self) -> None:
-        """Scatter what is pending, one kind of it (device, integer or float, weighted or not) at a time."""
+        """Scatter what is pending, one kind of it (device, dtype, weighted or not) at a time."""
         pending, self._pending, self._pending_count = self._pending, [], 0
-        kinds: dict[tuple[torch.device, bool, bool], list[tuple[Tensor, Tensor | float | None]]] = {}
+        kinds: dict[tuple[torch.device, torch.dtype, bool], list[tuple[Tensor, Tensor | float | None]]] = {}
         for values, weights in pending:
-            kinds.setdefault((values.device, values.is_floating_point(), weights is not None), []).append(
-                (values, weights)
-            )
+            kinds.setdefault((values.device, values.dtype, weights is not None), []).append((values, weights))
         for (_, _, weighted), items in kinds.items():
             values = torch.cat([v for v, _ in items]) if len(items) > 1 else items[0][0]
             weights = torch.cat([_weight_tensor(v, w) for v, w in items]) if weighted else None
@@ -228,7 +227,9 @@ class ExactSum:
     def _limbs_on(self, device: torch.device) -> Tensor:
         if device not in self._limbs:
             size = _VALUE_LIMBS + _WEIGHT_LIMBS + _COUNTERS
-            self._limbs[device] = torch.zeros(size, dtype=torch.int64, device=device)
+            # What is made in inference mode, in which people validate, cannot be added to outside of it.
+            with torch.inference_mode(mode=False):
+                self._limbs[device] = torch.zeros(size, dtype=torch.int64, device=device)
         return self._limbs[device]
 
     def _fold(self) -> None:
@@ -246,7 +247,10 @@ class ExactSum:
 
 def _as_tensor(values: Values) -> Tensor:
     if not isinstance(values, Tensor):
-        return torch.as_tensor(values, dtype=torch.int64 if isinstance(values, int) else torch.float64)
+        dtype = torch.int64 if isinstance(values, int) else None if hasattr(values, "dtype") else torch.float64
+        values = torch.as_tensor(values, dtype=dtype)  # an array of NumPy keeps its own
+    if hasattr(values, "device_mesh"):
+        raise TypeError("cannot sum a DTensor: add its to_local() where it is sharded, its full_tensor() on one rank")
     if values.is_complex() or values.dtype == torch.uint64:
         raise TypeError(f"cannot sum values of dtype {values.dtype}: use a real floating or a signed integer dtype")
     return values
@@ -270,17 +274,14 @@ def _decompose(values: Tensor, counters: Tensor, used: Tensor | None) -> tuple[T
 
     The bits are read as they stand rather than through `frexp`, so that flush-to-zero modes change nothing.
     """
-    if not values.is_floating_point() and values.element_size() == 8:
-        whole = values.to(torch.int64)
-        low, high = whole & _LIMB_MASK, whole >> _LIMB_BITS
-        position = torch.full_like(whole, 1074)
-        return torch.cat([low, high]), torch.cat([position, position + _LIMB_BITS])
-    bits = values.double().view(torch.int64)
-    exponent = (bits >> _FRACTION_BITS) & _EXPONENT_MASK
-    fraction = bits & ((1 << _FRACTION_BITS) - 1)
-    nonfinite = exponent == _EXPONENT_MASK
+    if not values.is_floating_point():
+        return _decompose_integers(values.to(torch.int64), wide=values.element_size() == 8)
+    bits, fraction_bits, exponent_mask, lowest = _float_bits(values)
+    exponent = (bits >> fraction_bits) & exponent_mask
+    fraction = bits & ((1 << fraction_bits) - 1)
+    nonfinite = exponent == exponent_mask
     negative = bits < 0
-    mantissa = fraction | ((exponent > 0).to(torch.int64) << _FRACTION_BITS)
+    mantissa = fraction | ((exponent > 0).to(torch.int64) << fraction_bits)
     mantissa = torch.where(negative, -mantissa, mantissa)
     # Looking costs nothing on the CPU, and a third of the work is for values that hardly ever come.
     if values.device.type != "cpu" or nonfinite.any():
@@ -290,7 +291,29 @@ def _decompose(values: Tensor, counters: Tensor, used: Tensor | None) -> tuple[T
         counters[1] += (counted & ~is_nan & ~negative).sum()
         counters[2] += (counted & ~is_nan & negative).sum()
         mantissa.masked_fill_(nonfinite, 0)
-    return mantissa, exponent.clamp_(min=1).sub_(1)
+    return mantissa, exponent.clamp_(min=1).add_(lowest - 1)
+
+
+def _decompose_integers(values: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
+    position = torch.full_like(values, _UNIT)
+    if not wide:
+        return values, position
+    return torch.cat([values & _LIMB_MASK, values >> _LIMB_BITS]), torch.cat([position, position + _LIMB_BITS])
+
+
+def _float_bits(values: Tensor) -> tuple[Tensor, int, int, int]:
+    """Return the bits as int64, how many of them are the fraction, the mask of the exponent, and the lowest position.
+
+    Only float16 and narrower are converted, to float32, where all their values are normal numbers: converting a
+    subnormal float32 gives zero in the flush-to-zero mode.
+    """
+    if values.dtype == torch.float64:
+        return values.view(torch.int64), _FRACTION_BITS, 0x7FF, 0
+    if values.dtype == torch.bfloat16:
+        bits = values.view(torch.int16).to(torch.int64) << 16
+    else:
+        bits = values.float().view(torch.int32).to(torch.int64)
+    return bits, 23, 0xFF, _UNIT - 149
 
 
 def _decompose_weights(weights: Tensor, counters: Tensor) -> tuple[Tensor, Tensor, Tensor]:

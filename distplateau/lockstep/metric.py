@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class StaleMetricError(RuntimeError):
-    """No rank has added a sample since the metric was last used: the same validation would count twice."""
+    """No rank has added a sample since the last step with this metric: the same validation would count twice."""
 
 
 class GlobalMean:
@@ -34,7 +34,9 @@ class GlobalMean:
     Notes
     -----
     `update` buffers on the device and communicates nothing. A window ends with ``scheduler.step(metric)``, `compute`
-    or `reset`; the next `update` begins a new one. A rank without samples just makes no `update`.
+    or `reset`; the next `update` begins a new one. A rank without samples just makes no `update`; only where `compute`
+    comes before the step with the same metric, it has to call `reset` at the start of a validation as well, because
+    after a step `compute` is free and such a rank cannot know that the others have begun anew.
 
     Examples
     --------
@@ -49,6 +51,8 @@ class GlobalMean:
         self.timeout = timeout
         self._sum = ExactSum()
         self._settled: Partial | None = None
+        self._stepped = False  # whether a scheduler has used what is settled
+        self._updated = False  # whether this rank has added anything since
         self._windows = 0
 
     def update(self, values: Values, weights: Values | None = None) -> None:
@@ -66,9 +70,10 @@ class GlobalMean:
         A loader prepared by Accelerate pads the last round of batches with samples that were seen before
         (``even_batches=True``). They are recognised through Accelerate's ``GradientState`` and left out, provided that
         `values` has one entry per sample along its first dimension.
+        Where the validation runs inside a loop over a prepared training loader, prepare the validation loader as well:
+        at the last batch of the outer one it could not be told from padding otherwise (nor can
+        ``gather_for_metrics``).
         """
-        if self._settled is not None:
-            self.reset()
         keep = _unpadded(values)
         if keep is not None:
             assert isinstance(values, Tensor)
@@ -76,15 +81,17 @@ class GlobalMean:
                 weights = weights[:keep]
             values = values[:keep]
         self._sum.add(values, weights)
+        self._updated = True
 
     def absorb(self, partial: Partial) -> None:
         """Add what `partial` gave before an interruption: on one rank, if it was summed over all of them."""
-        if self._settled is not None:
-            self.reset()
         self._sum.absorb(partial)
+        self._updated = True
 
     def compute(self) -> float:
-        """Return the global mean. Collective: every rank calls it, unless a `step` or `compute` came since the update.
+        """Return the global mean. Collective: every rank calls it, unless a step with the metric came since the update.
+
+        Called again without an update in between it gives the same once more.
 
         Raises
         ------
@@ -93,7 +100,8 @@ class GlobalMean:
         WeightError
             If a rank was given a negative, non-finite or extreme weight. Raised on all ranks alike.
         """
-        if self._settled is None:
+        if self._settled is None or self._updated or not self._stepped:
+            # Also where this rank has added nothing: the others may have, and are waiting then.
             agreement = consensus.exchange(
                 [self.partial()],
                 consensus.Fingerprint(),
@@ -101,60 +109,81 @@ class GlobalMean:
                 timeout=self.timeout,
                 label=f"compute() number {self._windows + 1} of a GlobalMean",
             )
-            self.settle(agreement.partials[0])
-        assert self._settled is not None
+            return self._settle(agreement.partials[0], stepped=False).mean()
         return self._settled.mean()
 
     @property
     def count(self) -> float:
-        """Total weight over all ranks: the number of samples where no weights were given. Collective as `compute`."""
-        self.compute()
+        """Total weight over all ranks: the number of samples where no weights were given.
+
+        Free after a step or `compute`, else collective as `compute` is.
+        """
+        if self._settled is None or self._updated:
+            self.compute()
         assert self._settled is not None
         return self._settled.count()
 
     def reset(self) -> None:
         """Forget what was added and begin a new window."""
-        self._sum, self._settled = ExactSum(), None
+        self._sum, self._settled, self._stepped, self._updated = ExactSum(), None, False, False
 
     def partial(self) -> Partial:
         """Return this rank's part of the current window; nothing if the window was used up. For schedulers."""
-        return Partial() if self._settled is not None else self._sum.partial()
+        return self._sum.partial()
 
-    def settle(self, partial: Partial) -> None:
-        """Take over the global sum from an exchange and end the window. For schedulers.
+    def settle(self, partial: Partial) -> Partial:
+        """Take over the global sum from the exchange of a step and end the window. For schedulers.
+
+        Returns
+        -------
+        Partial
+            The sum of the window. It is that of a `compute` that came before where nothing was added since.
 
         Raises
         ------
         StaleMetricError
             If no rank has a sample.
         """
+        return self._settle(partial, stepped=True)
+
+    def _settle(self, partial: Partial, *, stepped: bool) -> Partial:
         self._windows += 1
         if partial.weight == 0 and not partial.bad_weights:
-            self.reset()
-            raise StaleMetricError(
-                "no rank has added a sample to this GlobalMean since its last step() or compute(): "
-                "call update() during each validation"
-            )
-        self._sum, self._settled = ExactSum(), partial
+            if self._settled is None or self._stepped:
+                self.reset()
+                raise StaleMetricError(
+                    "no rank has added a sample to this GlobalMean since the last step() with it: "
+                    "call update() during each validation"
+                )
+            partial = self._settled
+        self._sum, self._settled, self._stepped, self._updated = ExactSum(), partial, stepped, False
+        return partial
 
 
 def _unpadded(values: Values) -> int | None:
     """Return how many of this rank's samples are real if Accelerate padded this batch, else None.
 
-    Of the last round of batches (size b on each of n ranks) only the first ``remainder`` samples are real; rank r
-    keeps ``max(0, min(b, remainder - r * b))`` of them.
+    Of the last round of batches (size b on each of n ranks) only the first so many samples are real; rank r keeps
+    ``max(0, min(b, real - r * b))`` of them.
     """
     state = sys.modules.get("accelerate.state")
     if state is None or not state.GradientState._shared_state:
         return None
     gradient = state.GradientState()
-    if not gradient.end_of_dataloader or gradient.remainder <= 0:
+    if not gradient.end_of_dataloader:
         return None
-    loader: Any = gradient.active_dataloader
     ranks = state.PartialState().num_processes
-    if ranks == 1 or not getattr(loader.batch_sampler, "even_batches", True):
+    last = _last_round(gradient, ranks) if ranks > 1 else None
+    if last is None:
         return None
-    batch = loader.total_batch_size // ranks
+    batch, real = last
+    if real is None:
+        warnings.warn(
+            "Accelerate pads the last batch of this iterable data set with samples seen before, and does not say how "
+            "many: prepare it with dispatch_batches=True, or deal the samples out to the ranks yourself",
+            stacklevel=3,
+        )
+        return None
     if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[0] != batch:
         warnings.warn(
             "the last batch of a prepared loader is padded with samples seen before, and this update has no entry per "
@@ -162,4 +191,27 @@ def _unpadded(values: Values) -> int | None:
             stacklevel=3,
         )
         return None
-    return max(0, min(batch, gradient.remainder - state.PartialState().process_index * batch))
+    return max(0, min(batch, real - state.PartialState().process_index * batch))
+
+
+def _last_round(gradient: Any, ranks: int) -> tuple[int, int | None] | None:
+    """Return the size of each rank's last batch and how many samples of all of them are real; None without padding."""
+    from accelerate.data_loader import DataLoaderDispatcher, IterableDatasetShard
+
+    loader: Any = gradient.active_dataloader
+    if isinstance(loader.dataset, IterableDatasetShard):
+        return None if loader.dataset.drop_last else (0, None)
+    if gradient.remainder < 0:  # the last round is dropped if it is not full
+        return None
+    if isinstance(loader, DataLoaderDispatcher):
+        real = gradient.remainder  # here it counts the whole last round, which is cut into equal parts
+        return None if loader._drop_last or real % ranks == 0 else (-(-real // ranks), real)
+    batches = loader.batch_sampler
+    if not getattr(batches, "even_batches", True):
+        return None
+    while hasattr(batches, "batch_sampler"):
+        batches = batches.batch_sampler
+    total = loader.total_batch_size
+    # Accelerate's remainder takes the length of the data set, also where a sampler draws fewer from it.
+    real = len(batches.sampler) % total if hasattr(batches, "sampler") else gradient.remainder
+    return (total // ranks, real) if real else None

@@ -7,7 +7,7 @@ import struct
 import sys
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, SupportsFloat, cast
 
@@ -23,7 +23,7 @@ from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import Decision, Mode, Nonfinite, PlateauRule, PlateauState, ThresholdMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from datetime import timedelta
 
     import torch.distributed as dist
@@ -109,14 +109,23 @@ class LockstepScheduler:
         self.process_group = process_group
         self.timeout = timeout
         self.on_reduce = list(on_reduce)
-        self._state = schedule.start(_read_lrs(optimizer))
+        self._found = _read_lrs(optimizer)
+        self._state = _start(schedule, optimizer)
         self._updated_by_hook = False
+        self._counted_by_hand = 0
         self._just_loaded = False
         self._told: set[str] = set()
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"])
+        if isinstance(schedule.rule.factor, tuple) or isinstance(schedule.rule.min_lr, tuple):
+            _unshare_lrs(optimizer)
         self._apply()
         _count_steps(optimizer, self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Count the steps of the copy's own optimizer: hooks are not copied with it."""
+        self.__dict__.update(state)
+        _count_steps(self.optimizer, self)
 
     def step(self, metrics: GlobalMean | Tensor | SupportsFloat | None = None, epoch: int | None = None) -> Decision:
         """Decide on the learning rate after one validation. Collective: every rank calls it, once per validation.
@@ -186,8 +195,10 @@ class LockstepScheduler:
             timeout=self.timeout,
             label=label,
         )
-        for mean, partial in zip(means, agreement.partials[len(partials) - len(means) :], strict=True):
+        sums = agreement.partials[: len(partials) - len(means)] + tuple(
             mean.settle(partial)
+            for mean, partial in zip(means, agreement.partials[len(partials) - len(means) :], strict=True)
+        )
         if agreement.differing:
             self._tell_once(
                 "metric",
@@ -195,7 +206,7 @@ class LockstepScheduler:
                 "each sample counts once",
             )
         return Consultation(
-            value=agreement.partials[0].mean(),
+            value=sums[0].mean(),
             votes=agreement.votes,
             ranks=agreement.ranks,
             digest=fingerprint.combined(),
@@ -204,6 +215,7 @@ class LockstepScheduler:
     def decide(self, value: float) -> Decision:
         """Let the schedule decide on a value that is the same on all ranks, and set the learning rates. Local."""
         self._take_over_edits()
+        self._counted_by_hand = 0
         self._state, decision = self.schedule.advance(self._state, value)
         if self._state.step == 0 and self.schedule.rule.warmup_steps:
             self._tell_once(
@@ -225,10 +237,12 @@ class LockstepScheduler:
         Notes
         -----
         Steps of a `torch.optim.Optimizer` are counted through its own hook, so that warmup works in frameworks that
-        never call this; calling it as well is right and counts nothing twice.
+        never call this; calling it as well is right and counts nothing twice, also before the first step, or with
+        gradient accumulation more often than the optimizer steps.
         """
         if not self._updated_by_hook:
             self._count_step()
+            self._counted_by_hand += 1
 
     def get_last_lr(self) -> list[float]:
         """Return the learning rate of each group, as torch does."""
@@ -256,6 +270,7 @@ class LockstepScheduler:
             "cooldown_counter": self._state.cooldown,
             "last_epoch": self._state.validations,
             "_last_lr": self.get_last_lr(),
+            "applied_lrs": list(self._applied),
             "lockstep": state,
         }
 
@@ -277,31 +292,57 @@ class LockstepScheduler:
         if len(loaded.lrs) != groups:
             raise ValueError(f"the state has {len(loaded.lrs)} parameter groups, the optimizer has {groups}")
         self._tell_changed_settings(state_dict)
-        self._state = loaded
-        self._applied = self.schedule.applied(loaded)
-        self._just_loaded = True
+        if not math.isfinite(loaded.best):  # the start of the other mode, or torch's best after an infinite metric
+            loaded = replace(loaded, best=self.schedule.rule.worst)
+        self._state, self._counted_by_hand = loaded, 0
+        # What the optimizer was given when it was saved: with other settings now, that is no edit by hand.
+        applied = state_dict.get("applied_lrs", state_dict.get("_last_lr"))
+        self._just_loaded = applied is not None and len(applied) == groups
+        if applied is not None and self._just_loaded:
+            saved = tuple(float(lr) for lr in applied)
+            if saved == self._found and _read_lrs(self.optimizer) == self._applied:
+                # The optimizer was restored before this object was made, which then wrote the start of its warmup.
+                self._write(saved)
+            self._applied = saved
 
     @property
     def last_epoch(self) -> int:
         """How many validations there were."""
         return self._state.validations
 
+    @last_epoch.setter
+    def last_epoch(self, value: int) -> None:
+        self._state = replace(self._state, validations=value)
+
     @property
     def _last_lr(self) -> list[float]:
         return self.get_last_lr()
 
+    def _begin_step(self) -> None:
+        """Make sure that the optimizer's step is made with the right learning rates. Costs nothing but after a load."""
+        if self._counted_by_hand and not self._updated_by_hook:
+            self._state = replace(self._state, step=self._state.step - self._counted_by_hand)
+            self._apply()
+        self._updated_by_hook, self._counted_by_hand = True, 0
+        if self._just_loaded:
+            self._take_over_edits()
+            self._apply()
+
     def _count_step(self) -> None:
-        moves = self.schedule.timed or self._state.step < self.schedule.rule.warmup_steps
+        moves = self._just_loaded or self.schedule.timed or self._state.step < self.schedule.rule.warmup_steps
         if moves:
-            self._take_over_edits(read_device=False)
+            self._take_over_edits(read_device=self._just_loaded)
         self._state = replace(self._state, step=self._state.step + 1)
         if moves:
             self._apply()
 
     def _apply(self) -> None:
-        """Write the learning rates; a tensor keeps its identity and its device."""
         self._applied = self.schedule.applied(self._state)
-        for group, lr in zip(self.optimizer.param_groups, self._applied, strict=False):
+        self._write(self._applied)
+
+    def _write(self, lrs: Sequence[float]) -> None:
+        """Set the learning rates; a tensor keeps its identity and its device."""
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=False):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr)
             else:
@@ -351,17 +392,21 @@ class LockstepScheduler:
         }
         details = {
             "learning rates": ", ".join(f"{lr:.6g}" for lr in lrs),
-            "scheduler state": f"best {state.best:.6g}, bad {state.num_bad}, validations {state.validations}",
+            "scheduler state": f"best {state.best:.6g}, bad {state.num_bad}, validations {state.validations}, "
+            f"settings {consensus.digest(repr(rule).encode()).hex()[:6]}",
             "step": str(state.step),
             "weights": f"checksum {weights.hex()[:12]}",
         }
         return consensus.Fingerprint({item: consensus.digest(c) for item, c in contents.items()}, details)
 
     def _tell_changed_settings(self, state_dict: Mapping[str, Any]) -> None:
+        rule = self.schedule.rule
+        settings = {name: getattr(rule, name) for name in _SETTINGS}
+        settings["min_lrs"] = _per_group(rule.min_lr, len(self.optimizer.param_groups))
         changed = [
-            f"{name} {state_dict[name]!r} -> {getattr(self.schedule.rule, name)!r}"
-            for name in _SETTINGS
-            if name in state_dict and _plain(state_dict[name]) != _plain(getattr(self.schedule.rule, name))
+            f"{name} {state_dict[name]!r} -> {setting!r}"
+            for name, setting in settings.items()
+            if name in state_dict and _plain(state_dict[name]) != _plain(setting)
         ]
         if changed:
             warnings.warn(
@@ -521,6 +566,11 @@ class ReduceLROnPlateau(LockstepScheduler, torch_schedulers.ReduceLROnPlateau): 
         """Floor of each parameter group."""
         return list(_per_group(self.schedule.rule.min_lr, len(self._state.lrs)))
 
+    @min_lrs.setter
+    def min_lrs(self, value: Sequence[float]) -> None:
+        schedule: Any = self.schedule
+        self.schedule = replace(schedule, rule=replace(schedule.rule, min_lr=tuple(value)))
+
 
 class ScheduledLR(LockstepScheduler, torch_schedulers.LRScheduler):  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
     """Any schedule by name (`distplateau.lockstep.schedules.build`) behind the same interface as the plateau."""
@@ -583,13 +633,39 @@ def _count_steps(optimizer: Optimizer, scheduler: LockstepScheduler) -> None:
     """Count optimizer steps through the optimizer's own hook; the weak reference lets the scheduler go."""
     reference = weakref.ref(scheduler)
 
+    def before_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+        counted = reference()
+        if counted is not None:
+            counted._begin_step()
+
     def after_step(_optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
         counted = reference()
         if counted is not None:
-            counted._updated_by_hook = True
             counted._count_step()
 
+    optimizer.register_step_pre_hook(before_step)
     optimizer.register_step_post_hook(after_step)
+
+
+def _unshare_lrs(optimizer: Optimizer) -> None:
+    """Give each group a tensor of its own where torch put one into all of them: they are to differ."""
+    seen: set[int] = set()
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor) and id(group["lr"]) in seen:
+            group["lr"] = group["lr"].clone()
+        seen.add(id(group["lr"]))
+
+
+def _start(schedule: Schedule, optimizer: Optimizer) -> PlateauState:
+    """Start from the optimizer's learning rates; whether they can drop is asked of those that training began with."""
+    lrs = _read_lrs(optimizer)
+    try:
+        return schedule.start(lrs)
+    except ValueError:
+        first = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizer.param_groups)
+        if first == lrs:
+            raise
+        return replace(schedule.start(first), lrs=lrs)
 
 
 def _read_lrs(optimizer: Optimizer) -> tuple[float, ...]:
@@ -614,13 +690,16 @@ def _read_state(schedule: Schedule, current: PlateauState, saved: Mapping[str, A
         raise ValueError(
             f"not a state of a plateau scheduler: it has no 'best' (keys: {', '.join(map(str, sorted(saved)[:8]))})"
         )
-    best = saved["best"]
+    best, validations, rule = saved["best"], int(saved.get("last_epoch", 0)), schedule.rule
+    # They do not count optimizer steps: who validated before is beyond the warmup.
+    begun = validations > 0 and not schedule.timed
     return replace(
         current,
-        best=schedule.rule.worst if best is None else float(best),
+        best=rule.worst if best is None else float(best),
         num_bad=int(saved.get("num_bad_epochs", 0)),
         cooldown=int(saved.get("cooldown_counter", 0)),
-        validations=int(saved.get("last_epoch", 0)),
+        validations=validations,
+        step=max(current.step, rule.warmup_steps) if begun else current.step,
         lrs=tuple(float(lr) for lr in saved.get("_last_lr", current.lrs)),
     )
 
@@ -636,7 +715,7 @@ def _per_group(value: float | tuple[float, ...], groups: int) -> tuple[float, ..
 
 
 def _scalar_or_tuple(value: float | Sequence[float]) -> float | tuple[float, ...]:
-    return value if isinstance(value, int | float) else tuple(value)
+    return tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
 
 
 def _plain(value: Any) -> Any:

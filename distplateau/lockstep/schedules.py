@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import TYPE_CHECKING, Any, Protocol
 
 from distplateau.errors import InputError, closest
@@ -61,6 +62,11 @@ def dump(state: PlateauState) -> dict[str, Any]:
 
 
 def _load(kind: type[PlateauState], values: Mapping[str, Any]) -> PlateauState:
+    if other := {field.name for field in dataclass_fields(kind)} ^ set(values):
+        raise ValueError(
+            f"the state is that of another schedule (it differs in {', '.join(sorted(other))}): "
+            f"go on with the one it was saved by"
+        )
     fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     return kind(**fields)
 

@@ -74,7 +74,7 @@ def draw_run(history: History, *, narrow: bool = False) -> Figure:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_style()):
+    with mpl.rc_context(style()):
         figure = Figure(figsize=(4.1, 5.2) if narrow else (9.6, 5.6), layout="constrained")
         losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=(1.75, 1), gridspec_kw={"hspace": 0.06})
         if history.validations:
@@ -99,7 +99,7 @@ def draw_metrics(history: History, *, narrow: bool = False) -> Figure | None:
     if not panels:
         return None
     height = 0.4 + (1.9 if narrow else 2.3) * len(panels)
-    with mpl.rc_context(_style()):
+    with mpl.rc_context(style()):
         figure = Figure(figsize=(4.1 if narrow else 9.6, height), layout="constrained")
         all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axes, names in zip(all_axes, panels, strict=True):
@@ -108,7 +108,8 @@ def draw_metrics(history: History, *, narrow: bool = False) -> Figure | None:
     return figure
 
 
-def _style() -> Any:
+def style() -> Any:
+    """Return matplotlib's settings for every drawing of the record."""
     muted, line, ink = (COLOURS[name][0] for name in ("muted", "line", "ink"))
     return {
         "font.size": 9,
@@ -149,7 +150,7 @@ def _draw_losses(axes: Axes, history: History) -> None:
         axes.plot(epochs, train, color=COLOURS["train"][0], marker=_marker(epochs), label="training loss")
     label = "validation loss" if has_loss(history) else metric_label(history.validations[0]["monitor"])
     _plot(axes, epochs, values, "validation", label)
-    _scale(axes, [*train, *values])
+    scale(axes, [*train, *values])
     _mark_best(axes, history, lambda event: top_value(event, history))
     lost = [event["epoch"] for event in history.validations if not math.isfinite(event["value"])]
     if lost:
@@ -166,7 +167,7 @@ def _draw_rates(axes: Axes, history: History) -> None:
         if len(history.validations) == 1:
             axes.plot(epochs[-1:], rates[-1:], color=colour, marker="o")
         everything += rates
-    _scale(axes, everything, log=True)
+    scale(axes, everything, log=True)
     axes.set_ylabel("learning rate")
 
 
@@ -269,7 +270,7 @@ def _marker(points: Sequence[float]) -> str | None:
     return "o" if len(points) <= _MAX_POINT_MARKERS else None
 
 
-def _scale(axes: Axes, values: Sequence[float], *, log: bool = False) -> None:
+def scale(axes: Axes, values: Sequence[float], *, log: bool = False) -> None:
     """Choose a logarithmic axis for rates and for values of many sizes, with ticks that people say aloud."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
@@ -315,7 +316,7 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> str:
     import matplotlib as mpl
 
     buffer = io.StringIO()
-    with mpl.rc_context(_style()):
+    with mpl.rc_context(style()):
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )

@@ -81,7 +81,7 @@ def seal(previous: str, content: str) -> str:
 
 
 class Ledger:
-    """The writing end. Main rank only.
+    """The writing end. Main rank only, and one at a time: each line is sealed over the one before it.
 
     Parameters
     ----------

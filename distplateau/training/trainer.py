@@ -30,6 +30,7 @@ from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirro
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
 from distplateau.training.interruption import Call, Interrupted, Interruption
+from distplateau.training.lock import only_one
 from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
@@ -100,15 +101,16 @@ def train(config: Config, *, override: bool = False) -> Path:
 def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path:
     """Train what was built already; see `train`. Every rank calls it."""
     check_run_folder(config, override=override)
-    accelerator = start_accelerator(
-        config.training.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
-    )
-    try:
-        with repeatable_kernels(config.training.deterministic):
-            Trainer(config, parts, accelerator).run()
-    finally:
-        accelerator.end_training()
+    with only_one(config.run_dir):
+        accelerator = start_accelerator(
+            config.training.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
+        try:
+            with repeatable_kernels(config.training.deterministic):
+                Trainer(config, parts, accelerator).run()
+        finally:
+            accelerator.end_training()
     return config.run_dir
 
 
