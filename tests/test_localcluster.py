@@ -107,16 +107,18 @@ def test_an_option_that_it_does_not_have(cluster):
 
 @pytest.mark.cluster
 @pytest.mark.parametrize(("reaction", "states"), [("exit 0", {"COMPLETED"}), ("exit 75", {"COMPLETED", "FAILED"})])
-def test_a_preempted_job_that_saves_and_leaves_never_comes_back(idle, tmp_path, reaction, states):
-    """The reason for distplateau.cluster.requeue."""
+def test_a_preempted_job_that_saves_and_leaves_may_not_come_back(idle, tmp_path, reaction, states):
+    """The reason for distplateau.cluster.requeue. Slurm 24.11 queues it again, 22.05 does not."""
     script = f"srun --exclusive bash -c 'trap \"touch got; {reaction}\" TERM; touch up; while :; do sleep 0.1; done'"
     job = idle.sbatch(script, "-N2", "-o", "/dev/null", cwd=tmp_path)
     idle.wait_for((tmp_path / "up").exists)
     high = idle.preempt(tmp_path)
     idle.wait_for_state(high, "COMPLETED")
     assert (tmp_path / "got").exists()
-    assert idle.state(job) in states
-    assert idle.restarts(job) == 0
+    if idle.restarts(job):
+        assert "slurm-wlm 22." not in idle.run("sinfo", "--version")
+    else:
+        assert idle.state(job) in states
 
 
 @pytest.mark.cluster
@@ -131,8 +133,7 @@ def test_a_preempted_job_that_saves_and_waits_comes_back(idle, tmp_path):
     idle.preempt(tmp_path)
     idle.wait_for_state(job, "COMPLETED")
     told = (tmp_path / "told").read_text().splitlines()
-    assert (told[0], told[-1]) == ("start 0", "start 1")
-    assert set(told[1:-1]) == {"saved"}
+    assert told[0] == "start 0" and "saved" in told[: told.index("start 1")]
 
 
 @pytest.mark.cluster
