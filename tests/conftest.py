@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -47,17 +49,30 @@ def _restore_environment(before: dict[str, str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory):
-    """Give a real Slurm cluster of four nodes, on this machine."""
+def cluster():
+    """Give a real Slurm cluster of four nodes on this machine, $DISTPLATEAU_LOCALCLUSTER if that is up."""
     import slurm
 
     reason = slurm.why_not()
     if reason is not None:
         pytest.skip(reason)
-    up = slurm.LocalCluster(tmp_path_factory.mktemp("slurm") / "cluster")
-    done = up.tool("up")
-    if done.returncode == 2:
-        pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
-    yield up
-    up.tool("down")
+    running = slurm.LocalCluster(Path(os.environ.get("DISTPLATEAU_LOCALCLUSTER") or os.devnull))
+    if running.tool("status").returncode == 0:
+        yield running
+        return
+    with tempfile.TemporaryDirectory(prefix="slurm-", dir="/var/tmp") as folder:
+        own = slurm.LocalCluster(Path(folder, "cluster"))
+        # If the tests are killed, it goes down all the same.
+        done = own.tool("up", "--while", str(os.getpid()))
+        if done.returncode == 2:
+            pytest.skip(done.stderr.strip())
+        assert done.returncode == 0, done.stderr
+        yield own
+        own.tool("down")
+
+
+@pytest.fixture
+def short_folder():
+    """Give an empty folder whose path leaves room for the name of a socket, as that of `tmp_path` may not."""
+    with tempfile.TemporaryDirectory(prefix="dp-", dir="/var/tmp") as folder:
+        yield Path(folder)

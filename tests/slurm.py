@@ -64,6 +64,11 @@ class LocalCluster:
     def wait_for_state(self, job_id: str, *states: str, seconds: float = 120.0) -> None:
         self.wait_for(lambda: self.state(job_id) in states, seconds)
 
+    def clear(self) -> None:
+        """Cancel every job and wait until all nodes are free."""
+        self.run("scancel", "--user", "root")
+        self.wait_for(lambda: self.run("sinfo", "-h", "-p", "low", "-t", "idle", "-o", "%D").split() == ["4"])
+
     def preempt(self, cwd: Path, seconds: int = 2) -> str:
         """Take all nodes for a moment, with the higher priority."""
         return self.sbatch(f"sleep {seconds}", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", cwd=cwd)
