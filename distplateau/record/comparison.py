@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
-from functools import cached_property
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from distplateau.errors import InputError
+from distplateau.record.compared import Compared, load
 from distplateau.record.comparison_figures import draw_curves, draw_parallel
 from distplateau.record.figures import COLOURS, inline_svg
 from distplateau.record.ledger import FILE_NAME as LEDGER
-from distplateau.record.ledger import History, read_ledger
-from distplateau.record.story import best_validation, lr_changes, rule_of, run_name, status
+from distplateau.record.story import best_validation, rule_of, status
 from distplateau.record.words import duration, metric_text, plural, rates_text, short
 
 if TYPE_CHECKING:
@@ -25,40 +24,6 @@ if TYPE_CHECKING:
 
 FILE_NAME = "comparison.html"
 _MOST_COLUMNS = 6
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One of the runs that are compared.
-
-    Parameters
-    ----------
-    name
-        What tells it from the others.
-    settings
-        The configuration as dotted keys, empty where there is none.
-    """
-
-    name: str
-    history: History
-    settings: dict[str, Any]
-
-    @cached_property
-    def monitor(self) -> str:
-        """Return the metric that decided."""
-        validations = self.history.validations
-        return str(validations[-1]["monitor"]) if validations else ""
-
-    @cached_property
-    def best(self) -> float:
-        """Return the best finite value of the monitored metric, NaN without one."""
-        event = best_validation(self.history)
-        return event["value"] if event else math.nan
-
-    @property
-    def reductions(self) -> int:
-        """Return how often the learning rate was reduced."""
-        return sum(change.kind == "reduced" for change in lr_changes(self.history))
 
 
 def expand(folders: Iterable[Path]) -> list[Path]:
@@ -96,7 +61,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     InputError
         If a run has no ledger, or the runs were decided by different metrics.
     """
-    runs = ranked([_load(run_dir) for run_dir in run_dirs])
+    runs = ranked([load(run_dir) for run_dir in run_dirs])
     folder = out or Path(os.path.commonpath([str(Path(run_dir).absolute().parent) for run_dir in run_dirs]))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -163,22 +128,6 @@ def differing(runs: Sequence[Compared]) -> list[str]:
     return [key for key in different if not key.startswith(("run.name", "run.dir", "tracking."))][:_MOST_COLUMNS]
 
 
-def _load(run_dir: Path) -> Compared:
-    history = read_ledger(run_dir)
-    return Compared(Path(run_dir).name or run_name(history), history, _settings(Path(run_dir)))
-
-
-def _settings(run_dir: Path) -> dict[str, Any]:
-    import tomllib
-
-    try:
-        tree = tomllib.loads((run_dir / "config.toml").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    tables = {name: table for name, table in tree.items() if isinstance(table, dict)}
-    return {f"{name}.{key}": value for name, table in tables.items() for key, value in table.items()}
-
-
 def _figures(runs: Sequence[Compared], keys: Sequence[str]) -> str:
     figures = [("Curves", "curves", draw_curves(runs), draw_curves(runs, narrow=True))]
     numeric = [key for key in keys if all(isinstance(run.settings.get(key), int | float) for run in runs)]
@@ -207,7 +156,7 @@ def _row(number: int, run: Compared, keys: Sequence[str], folder: Path) -> str:
     link = os.path.relpath(history.run_dir.absolute() / "report.html", folder)
     cells = [
         str(number),
-        f'<a href="{escape(Path(link).as_posix())}">{escape(run.name)}</a>',
+        f'<a href="{escape(quote(Path(link).as_posix(), safe="/=,"))}">{escape(run.name)}</a>',
         *(escape(_setting(run.settings.get(key))) for key in keys),
         escape(metric_text(run.monitor, run.best)) if best else "-",
         short(best["epoch"]) if best else "-",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from distplateau.record.comparison import Compared
+    from distplateau.record.compared import Compared
 
 # As many as an eye tells apart; the best runs get one, the others are grey.
 _PALETTE = ("validation", "drop", "good", "lr0", "lr1", "lr2", "lr3", "warn")
