@@ -116,7 +116,8 @@ def assert_survived(runs, whole, name, job, *, ranks=4, epochs=EPOCHS):
     assert len(whole) == epochs
     history = read_ledger(runs.folder / "runs" / name)
     resumed = [event for event in history.events if event["event"] == "resumed"]
-    assert resumed[-1]["restart_count"] == runs.cluster.restarts(job) == len(resumed)
+    # A stretch that is interrupted while it starts leaves no word in the ledger.
+    assert resumed[-1]["restart_count"] == runs.cluster.restarts(job) >= len(resumed)
     assert resumed[-1]["slurm_job_id"] == job
     assert {event["ranks"] for event in history.validations} == {ranks}
 
