@@ -123,8 +123,13 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _no_rest(rest)
-    for run_dir in options.run_dirs:
+    from distplateau.record.comparison import expand, write_comparison
+
+    run_dirs = expand(options.run_dirs)
+    for run_dir in run_dirs:
         _write_report(run_dir)
+    if len(run_dirs) > 1:
+        sys.stdout.write(f"comparison {write_comparison(run_dirs, options.out).resolve()}\n")
     return DONE
 
 
@@ -229,8 +234,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--data-root", help="where the data lies, if not where the run found it")
     command.set_defaults(run=_evaluate)
 
-    command = commands.add_parser("report", help="write report.html of runs")
-    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    command = commands.add_parser("report", help="write report.html of runs, and a comparison of several")
+    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder, or the folder of a sweep")
+    command.add_argument("--out", type=Path, metavar="DIR", help="where the comparison goes; default: beside the runs")
     command.set_defaults(run=_report)
 
     command = commands.add_parser(

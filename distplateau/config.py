@@ -6,6 +6,7 @@ key, the value and the fix, before anything heavy is imported.
 
 from __future__ import annotations
 
+import copy
 import re
 import tomllib
 from pathlib import Path
@@ -18,7 +19,7 @@ from distplateau.errors import InputError, closest
 from distplateau.lockstep.schedules import SCHEDULES
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
 _INTERVAL = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>epoch|epochs|step|steps)")
 _DURATION = re.compile(r"(?P<count>[1-9]\d*) (?P<unit>s|min|h)")
@@ -297,10 +298,21 @@ def load_config(path: str | Path, overrides: dict[str, str] | None = None) -> Co
     InputError
         For a missing or broken file, an unknown key, a wrong type or a value out of range.
     """
-    tree = read_toml(Path(path))
-    for key, text in (overrides or {}).items():
-        _set(tree, key, _parse_value(key, text))
-    return parse_config(tree)
+    return parse_config(with_overrides(read_toml(Path(path)), overrides or {}))
+
+
+def with_overrides(tree: Mapping[str, Any], overrides: Mapping[str, str]) -> dict[str, Any]:
+    """Return a tree of plain values with `overrides` (dotted key -> text as typed) put on top of it.
+
+    Raises
+    ------
+    InputError
+        If a key leads through a value that is no table.
+    """
+    result = copy.deepcopy(dict(tree))
+    for key, text in overrides.items():
+        _set(result, key, _parse_value(key, text))
+    return result
 
 
 def read_overrides(words: Sequence[str]) -> dict[str, str]:

@@ -183,3 +183,29 @@ def test_more_ranks_than_the_sums_are_exact_for_are_refused(monkeypatch):
         consensus.exchange([], Fingerprint())
     for number in (2**48 - 1, (2**24 - 1) ** 2):  # a limb, the square of a chunk
         assert consensus.MAX_RANKS * number < 2**63
+
+
+def _late_for_its_group(rank):
+    """The second rank comes too late for a group whose own timeout is two seconds, and for nobody else."""
+    group = torch.distributed.new_group(timeout=timedelta(seconds=2))
+    slow = torch.distributed.new_group(timeout=timedelta(seconds=60))
+    begin = time.monotonic()
+    if rank == 1:
+        time.sleep(3)
+    try:
+        consensus.exchange([Partial()], Fingerprint(), group=group, label="validation 4")
+    except ConsensusTimeoutError as error:
+        waited = time.monotonic() - begin
+        said = str(error)
+    else:
+        waited, said = 0.0, ""
+    if rank == 1:
+        time.sleep(1)
+    return waited, said, consensus.exchange([Partial()], Fingerprint(), group=slow).ranks
+
+
+def test_the_default_patience_is_that_of_the_group():
+    (waited, said, ranks), _ = run_ranks(_late_for_its_group, 2)
+    assert 1.5 < waited < 2.5
+    assert "validation 4" in said and "1.8 s" in said
+    assert ranks == 2

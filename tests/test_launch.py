@@ -6,18 +6,20 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 from distplateau.config import load_config
+from distplateau.record.ledger import read_ledger
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 RUNS = sorted(LAUNCH.glob("*.toml"))
 LAUNCHERS = sorted(LAUNCH.glob("*.yaml"))
-TARGETS = "help demo test lint crash-test bench install clean".split()
+TARGETS = "help demo test lint cluster-test crash-test bench install clean".split()
 
 
 def make(*args, cwd=ROOT, **environment):
@@ -113,7 +115,34 @@ def test_fashion_mnist_differs_from_mnist_in_the_data_alone():
 
 def test_readme_has_a_line_for_every_recipe():
     linked = re.findall(r"^\| \[(\S+)\]\(\1\) \| \S", (LAUNCH / "README.md").read_text(), re.MULTILINE)
-    assert sorted(linked) == sorted(path.name for path in RUNS + LAUNCHERS)
+    assert sorted(linked) == sorted(path.name for path in [*RUNS, *LAUNCHERS, LAUNCH / "fit.py"])
+
+
+def launched(*arguments, cwd):
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--config_file", LAUNCH / "cpu.yaml", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def test_own_code_by_name(tmp_path):
+    """As a user has it: a copy of the module in the current folder, two ranks."""
+    for name in ("own_code.py", "own_code.toml"):
+        shutil.copy(LAUNCH / name, tmp_path)
+    done = launched("-m", "distplateau", "train", "own_code.toml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    validations = read_ledger(tmp_path / "runs" / "own-code").validations
+    assert len(validations) == 15
+    assert validations[-1]["monitor"] == "val/margin"
+    assert validations[-1]["metrics"]["val/accuracy"] > 0.9  # it has learned something
+    assert validations[-1]["best"] == max(event["value"] for event in validations)
+
+
+def test_objects_of_a_script(tmp_path):
+    done = launched(LAUNCH / "fit.py", "--training.epochs", "4", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    validations = read_ledger(tmp_path / "runs" / "fit").validations
+    assert [event["ranks"] for event in validations] == [2] * 4
+    assert validations[-1]["metrics"]["val/accuracy"] > 0.85
 
 
 # make.

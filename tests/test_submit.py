@@ -124,7 +124,7 @@ def test_everything_of_the_profile_is_in_the_script(tmp_path):
     assert "#SBATCH --requeue\n" in script
     assert "wckey" not in script
     assert "module load cuda\nexport SOME='it'\"'\"'s'\n" in script
-    assert "--wait=60 '--container-image=x y' true" in script
+    assert "--wait=30 '--container-image=x y' true" in script
 
 
 def test_an_array_task_finds_its_own_folder(tmp_path):

@@ -215,6 +215,16 @@ def test_a_run_killed_before_its_first_checkpoint_starts_anew(tmp_path):
     assert [e["validation"] for e in read_ledger(tmp_path / "run").validations] == list(range(1, 7))
 
 
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_launch_configuration_that_shards_is_refused(tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(InputError, match=r"accelerate launch = '(FSDP|DEEPSPEED)': .* is not served .*; use plain DDP"):
+        train(make_config(tmp_path))
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv(variable, "false")
+    prepare_parts(make_config(tmp_path))
+
+
 def test_two_processes_do_not_train_one_run(tmp_path, monkeypatch):
     """As when a launcher starts so many single processes; those of one process group have one that holds the lock."""
     from distplateau.training import lock

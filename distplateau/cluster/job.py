@@ -28,7 +28,7 @@ def run(config: str, code: str, port: int | None = None) -> None:
     code
         Folder with the code as it was at the submission.
     port
-        Of the first rank, if the batch script has not chosen one (``MASTER_PORT``).
+        Of the first rank; by default the one that the batch script has chosen (``MASTER_PORT``).
 
     Raises
     ------
@@ -53,6 +53,26 @@ def run(config: str, code: str, port: int | None = None) -> None:
         raise SystemExit(exit_code)
 
 
+def run_in_turn(payloads: Sequence[tuple[str, str]], ports: Sequence[int]) -> None:
+    """Train one run after the other in the same processes, as a sweep on one machine does; see `run`.
+
+    Raises
+    ------
+    SystemExit
+        With 75 at once if one is interrupted; else at the end, with the largest exit code of those that failed.
+    """
+    codes = [0]
+    for (config, code), port in zip(payloads, ports, strict=True):
+        try:
+            run(config, code, port)
+        except SystemExit as stop:
+            codes.append(stop.code if isinstance(stop.code, int) else 1)
+        if codes[-1] == _INTERRUPTED:
+            raise SystemExit(_INTERRUPTED)
+    if max(codes):
+        raise SystemExit(max(codes))
+
+
 def rank_environment(environ: Mapping[str, str], hostnames: Sequence[str], port: int | None) -> dict[str, str]:
     """Return what torch.distributed and Accelerate read, from what submitit knows of this task.
 
@@ -74,7 +94,7 @@ def rank_environment(environ: Mapping[str, str], hostnames: Sequence[str], port:
             "name one that does in [slurm.env] MASTER_ADDR, or ask the cluster's administrators",
             value=head,
         ) from None
-    master_port = environ.get("MASTER_PORT") or (str(port) if port else "")
+    master_port = str(port) if port else environ.get("MASTER_PORT", "")
     if not master_port:
         raise InputError("MASTER_PORT", "is not set", "submit with distplateau submit, which chooses one")
     return {

@@ -52,8 +52,8 @@ def parameters(name: str, profile: Profile) -> dict[str, Any]:
         "array_parallelism": section.array_parallelism,
         "wckey": None,
         "additional_parameters": further,
-        # One rank that dies must not leave the others waiting for it; those that save may take some seconds.
-        "srun_args": ["--wait=60", *section.srun_args],
+        # One rank that dies must not leave the others waiting for it; the first one closes its trackers at the end.
+        "srun_args": ["--wait=30", *section.srun_args],
         "setup": _setup(profile),
     }
 

@@ -210,12 +210,15 @@ def _parameters(profile: Profile, configs: Sequence[Config]) -> dict[str, Any]:
 def _send(executor: Executor, payloads: Sequence[tuple[str, str]], *, local: bool) -> list[str]:
     from submitit.core.utils import FailedJobError
 
-    port = [_free_port()] if local else []
     try:
+        if local:
+            ports = [_free_port() for _ in payloads]
+            one = executor.submit(job.run_in_turn, list(payloads), ports)
+            return [one.job_id] * len(payloads)
         if len(payloads) == 1:
-            return [executor.submit(job.run, *payloads[0], *port).job_id]
+            return [executor.submit(job.run, *payloads[0]).job_id]
         with executor.batch():
-            jobs = [executor.submit(job.run, *payload, *port) for payload in payloads]
+            jobs = [executor.submit(job.run, *payload) for payload in payloads]
         return [one.job_id for one in jobs]
     except (FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # Keeps the messages apart from any of the user's on the same group.
 _TAG = 0x6C6F636B
+DEFAULT_TIMEOUT = timedelta(minutes=9)
 
 
 class ExchangeTimeoutError(RuntimeError):
@@ -50,6 +51,20 @@ def sum_over_ranks(vector: Sequence[int], group: dist.ProcessGroup | None, timeo
     else:
         _all_reduce(tensor, group, deadline)
     return tensor.tolist()
+
+
+def patience(group: dist.ProcessGroup | None) -> timedelta:
+    """Return how long to wait for the ranks of a group by default: nine tenths of the group's own timeout.
+
+    The backend would report a timeout of its own without a word about the validation, and NCCL's watchdog ends the
+    process. Where the backend does not tell, it is 9 minutes, for NCCL's default is 10.
+    """
+    try:
+        backend = (group or dist.group.WORLD)._get_backend(payload_device(group))  # pyright: ignore[reportOptionalMemberAccess]
+        own = backend.options._timeout
+        return own * 0.9 if isinstance(own, timedelta) else DEFAULT_TIMEOUT
+    except (AttributeError, RuntimeError):
+        return DEFAULT_TIMEOUT
 
 
 def payload_device(group: dist.ProcessGroup | None) -> torch.device:

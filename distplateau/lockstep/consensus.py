@@ -15,16 +15,16 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from distplateau.lockstep.allreduce import ExchangeTimeoutError, sum_over_ranks
+from distplateau.lockstep.allreduce import ExchangeTimeoutError, patience, sum_over_ranks
 from distplateau.lockstep.exact import VALUE_BITS, WEIGHT_BITS, Partial
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from datetime import timedelta
 
 # A sum over n ranks of limbs below 2**48 fits int64 for n < 2**15, and so does one of squares of 24-bit chunks.
 MAX_RANKS = 2**15 - 1
@@ -40,8 +40,6 @@ ITEMS = ("learning rates", "scheduler state", "step", "weights", "metric")
 """What is compared. ``metric`` may differ: it is the local number given to ``step(float)``, told but not fatal."""
 
 VOTES = 2
-# NCCL's watchdog ends the process after 10 minutes; our message has to come first.
-DEFAULT_TIMEOUT = timedelta(minutes=9)
 
 
 class DisagreementError(RuntimeError):
@@ -118,7 +116,7 @@ def exchange(
     group
         Process group; the default one if None. Without an initialised process group there is one rank.
     timeout
-        How long to wait for the other ranks; default 9 minutes.
+        How long to wait for the other ranks; default nine tenths of the group's own timeout.
     label
         Names the validation in error messages.
 
@@ -138,7 +136,7 @@ def exchange(
     if ranks > 1:
         if ranks > MAX_RANKS:
             raise ValueError(f"{ranks} ranks: the sums are exact for at most {MAX_RANKS}")
-        vector = _sum(vector, group, timeout or DEFAULT_TIMEOUT, label)
+        vector = _sum(vector, group, timeout or patience(group), label)
     agreement = decode(vector, ranks, len(partials))
     fatal = [item for item in agreement.differing if item != "metric"]
     if fatal:

@@ -79,7 +79,7 @@ class LockstepScheduler:
     process_group
         The ranks that decide together; default all.
     timeout
-        How long `step` waits for the other ranks; default 9 minutes.
+        How long `step` waits for the other ranks; default nine tenths of the group's own timeout.
     on_reduce
         Called with the `Decision` on every rank after a reduction.
     """

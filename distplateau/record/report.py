@@ -72,13 +72,13 @@ def write_report(run_dir: str | Path) -> Path:
 def render(history: History) -> str:
     """Return the page as HTML."""
     template = resources.files("distplateau.record").joinpath("report_template.html").read_text(encoding="utf-8")
+    style = resources.files("distplateau.record").joinpath("page.css").read_text(encoding="utf-8")
     standing, status_class = status(history)
     name = escape(run_name(history))
     return Template(template).substitute(
         title=f"{name} · distplateau",
         name=name,
-        light=_css_variables(0),
-        dark=_css_variables(1),
+        style=Template(style).substitute(light=_css_variables(0), dark=_css_variables(1)),
         status=escape(standing),
         status_class=status_class,
         meta=escape(meta(history)),

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+# What `accelerate launch` sets, and what it stands for.
+_SHARDING = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DEEPSPEED",
+    "ACCELERATE_USE_MEGATRON_LM": "MEGATRON_LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
 def on_cpu() -> bool:
     """Return whether this run computes on the CPU, by the launcher's wish or for want of a GPU."""
     wished = os.environ.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
@@ -29,6 +38,20 @@ def on_cpu() -> bool:
 def launched_ranks() -> int:
     """Return how many ranks the launcher started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_launcher() -> None:
+    """Refuse a launch configuration that shards the model: weights and checkpoints are taken for replicas'.
+
+    Raises
+    ------
+    InputError
+        If `accelerate launch` was told to use one.
+    """
+    for variable, name in _SHARDING.items():
+        if os.environ.get(variable, "").lower() in {"1", "true", "yes"}:
+            fix = "use plain DDP: one of the configurations in launch/"
+            raise InputError("accelerate launch", f"{name} is not served by distplateau train", fix, value=name)
 
 
 def start_accelerator(precision: str, **options: Any) -> Accelerator:

@@ -21,7 +21,7 @@ from distplateau.training.datasets import load
 from distplateau.training.models import build_model
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.optimizers import build_optimizer
-from distplateau.training.processes import launched_ranks, on_cpu
+from distplateau.training.processes import check_launcher, launched_ranks, on_cpu
 from distplateau.training.validation import metric_names
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def prepare_parts(config: Config) -> Parts:
 
 def check_ranks(config: Config) -> None:
     """Find out what is wrong without building anything."""
+    check_launcher()
     ranks = launched_ranks()
     if config.data.global_batch_size < ranks:
         raise InputError(

@@ -240,6 +240,8 @@ class Trainer:
     def _interrupt(self, reason: str) -> NoReturn:
         """Save in the middle of an epoch, so that the run goes on with the same bits, and leave. Collective."""
         self._save(wait=True)
+        # A launcher that sees one rank leave may end the others: nobody leaves before the checkpoint is whole.
+        self.accelerator.wait_for_everyone()
         if self.main:
             if self._failure is not None:
                 raise self._failure

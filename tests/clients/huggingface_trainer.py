@@ -11,6 +11,10 @@ import warnings
 from pathlib import Path
 
 import torch
+
+# Before there is a process group, or its threads outlive it and one run in some twenty aborts at its end; see
+# distplateau/training/processes.py. The Trainer imports it later by itself.
+import torch.distributed.nn.functional
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
