@@ -212,10 +212,11 @@ def _command_line(pid):
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("seconds", [0.5, 2.0])
-def test_up_that_is_ended_leaves_nothing(other, seconds):
+@pytest.mark.parametrize("program", ["mariadb-install-db", "slurmctld"])
+def test_up_that_is_ended_leaves_nothing(other, program):
     up = subprocess.Popen([sys.executable, SCRIPT, "--dir", other.folder, "up"], stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
+    other.wait_for(lambda: any(program in line for line in processes_of(other)), seconds=30)
+    time.sleep(0.2)
     up.terminate()
     assert up.communicate(timeout=30)[1] == "localcluster: interrupted\n"
     assert up.returncode == 130
