@@ -97,7 +97,7 @@ def test_everything_of_the_profile_is_in_the_script(tmp_path):
     script = script_of(tmp_path, """
         setup = ["module load cuda"]
         [slurm]
-        nodes = "2-4"
+        nodes = 3
         tasks_per_node = 8
         gpus_per_node = 8
         cpus_per_task = 4
@@ -117,7 +117,7 @@ def test_everything_of_the_profile_is_in_the_script(tmp_path):
         [slurm.env]
         SOME = "it's"
         """)  # fmt: skip
-    for option in ("nodes=2-4", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=4", "partition=p", "account=a",
+    for option in ("nodes=3", "ntasks-per-node=8", "gpus-per-node=8", "cpus-per-task=4", "partition=p", "account=a",
                    "qos=q", "constraint=c", "mem=64G", "gres=g:1", "exclude=n7", "reservation=r", "time=1440",
                    "signal=USR2@120", "mail-type=END", "open-mode=append"):  # fmt: skip
         assert f"#SBATCH --{option}\n" in script, option
@@ -125,6 +125,16 @@ def test_everything_of_the_profile_is_in_the_script(tmp_path):
     assert "wckey" not in script
     assert "module load cuda\nexport SOME='it'\"'\"'s'\n" in script
     assert "--wait=30 '--container-image=x y' true" in script
+
+
+def test_of_a_range_of_nodes_only_srun_knows_the_ranks(tmp_path):
+    """Or Slurm would want as many tasks, and so nodes, at each requeue as it gave at the first start."""
+    script = script_of(tmp_path, '[slurm]\nnodes = "2-4"\ntasks_per_node = 8\ncpus_per_task = 4')
+    assert "#SBATCH --nodes=2-4\n#SBATCH" in script
+    assert "#SBATCH --mincpus=32\n" in script
+    assert "#SBATCH --ntasks" not in script and "#SBATCH --cpus-per-task" not in script
+    assert "--wait=30 --ntasks-per-node=8 --cpus-per-task=4 true" in script
+    assert "export SRUN_CPUS_PER_TASK=4 OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}\n" in script
 
 
 def test_an_array_task_finds_its_own_folder(tmp_path):

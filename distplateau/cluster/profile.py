@@ -17,7 +17,8 @@ _NODES = re.compile(r"(?P<least>[1-9]\d*)-(?P<most>[1-9]\d*)")
 _SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
 # What this package has a word of its own for, or would be broken by.
 _TAKEN = frozenset(
-    "array cpus-per-task error gpus-per-node job-name nodes ntasks ntasks-per-node open-mode output requeue no-requeue "
+    "array cpus-per-task mincpus error gpus-per-node job-name nodes ntasks ntasks-per-node open-mode output requeue "
+    "no-requeue "
     "signal time partition account qos constraint mem gres exclude reservation".split()
 )
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from distplateau.cluster.profile import Profile
+    from distplateau.cluster.profile import Profile, SlurmSection
 
 
 def run_parameters(name: str, profile: Profile, run_dirs: Sequence[Path]) -> dict[str, Any]:
@@ -35,27 +35,41 @@ def run_parameters(name: str, profile: Profile, run_dirs: Sequence[Path]) -> dic
 def parameters(name: str, profile: Profile) -> dict[str, Any]:
     """Return submitit's parameters for one job of the profile's size."""
     section = profile.slurm
-    plain = ("partition", "account", "qos", "constraint", "mem", "gres", "exclude", "gpus_per_node", "cpus_per_task")
+    plain = ("partition", "account", "qos", "constraint", "mem", "gres", "exclude", "gpus_per_node")
     given = {key: getattr(section, key) for key in plain if getattr(section, key) is not None}
     further = {"requeue": True, **section.extra}
     if section.reservation is not None:
         further["reservation"] = section.reservation
+    per_node, srun_args = _tasks(section)
     if isinstance(section.nodes, str):
-        further["nodes"] = section.nodes
+        further |= {"nodes": section.nodes, "mincpus": section.tasks_per_node * (section.cpus_per_task or 1)}
     return {
         **given,
+        **per_node,
         "job_name": name,
         "time": section.minutes,
         "nodes": section.most_nodes,
-        "ntasks_per_node": section.tasks_per_node,
         "signal_delay_s": section.signal_seconds,
         "array_parallelism": section.array_parallelism,
         "wckey": None,
         "additional_parameters": further,
         # One rank that dies must not leave the others waiting for it; the first one closes its trackers at the end.
-        "srun_args": ["--wait=30", *section.srun_args],
+        "srun_args": ["--wait=30", *srun_args, *section.srun_args],
         "setup": _setup(profile),
     }
+
+
+def _tasks(section: SlurmSection) -> tuple[dict[str, Any], list[str]]:
+    """Return how many ranks a node has, for sbatch and for srun.
+
+    Told to sbatch, it would fix the number of tasks, and with it that of the nodes, at the first start: a job of "2-4"
+    nodes that got four would wait for four when it comes back. So then only srun is told.
+    """
+    asked = {"ntasks_per_node": section.tasks_per_node, "cpus_per_task": section.cpus_per_task}
+    asked = {key: value for key, value in asked.items() if value is not None}
+    if not isinstance(section.nodes, str):
+        return asked, []
+    return {}, [f"--{key.replace('_', '-')}={value}" for key, value in asked.items()]
 
 
 def _setup(profile: Profile) -> list[str]:
@@ -66,13 +80,18 @@ def _setup(profile: Profile) -> list[str]:
         "trap : TERM USR1 USR2",
         *profile.setup,
         *(f"export {key}={shlex.quote(value)}" for key, value in profile.slurm.env.items()),
-        # Since Slurm 22.05 srun does not take it over from sbatch.
-        'if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then',
-        "    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}",
-        "fi",
+        *_cores(profile.slurm.cpus_per_task),
         # This is the machine of rank 0: a port that is free here, another one in each job, step and requeue.
         f'export MASTER_PORT=${{MASTER_PORT:-$({_python()} -c "{probe}")}}',
     ]
+
+
+def _cores(cpus_per_task: int | None) -> list[str]:
+    """Give each rank its cores: since Slurm 22.05 srun does not take their number over from sbatch."""
+    if cpus_per_task is None:
+        return []
+    threads = f"OMP_NUM_THREADS=${{OMP_NUM_THREADS:-{cpus_per_task}}}"
+    return [f"export SRUN_CPUS_PER_TASK={cpus_per_task} {threads}"]
 
 
 def _by_array_task(run_dirs: Sequence[Path]) -> str:

@@ -184,6 +184,10 @@ class Trainer:
                 self._writer.close()
                 if self.main:
                     self.mirror.finish()
+            # A launcher that sees a rank leave may end the others: nobody leaves before everything is written.
+            self.accelerator.wait_for_everyone()
+            if self._failure is not None:
+                raise self._failure
 
     def _loop(self, progress: ProgressReport, interruption: Interruption) -> None:
         self._clock.restart()
@@ -558,25 +562,29 @@ class Trainer:
             progress.say(f"resumed from {resumed.path} after validation {resumed.state['validations']}")
 
     def _finish(self, progress: ProgressReport) -> None:
+        """Record the end, once everything before it is on the disk."""
         self._attempt(self._writer.wait)
         if self._failure is not None:
-            raise self._failure
+            return
         if self.main and read_ledger(self.config.run_dir).finished is None:
-            self.ledger.append(
-                "finished",
-                epoch=self.step / self.length.steps_per_epoch,
-                step=self.step,
-                validations=self.scheduler.state.validations,
-                best=self.best.value,
-                best_validation=self.best.validation,
-                best_step=self.best.step,
-                reductions=self.reductions,
-                ended_after=self._end(),
-                seconds=_training_seconds(read_ledger(self.config.run_dir).validations),
-            )
+            self._attempt(self._record_end)
         progress.say(
             f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
             f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}; run folder {self.config.run_dir}"
+        )
+
+    def _record_end(self) -> None:
+        self.ledger.append(
+            "finished",
+            epoch=self.step / self.length.steps_per_epoch,
+            step=self.step,
+            validations=self.scheduler.state.validations,
+            best=self.best.value,
+            best_validation=self.best.validation,
+            best_step=self.best.step,
+            reductions=self.reductions,
+            ended_after=self._end(),
+            seconds=_training_seconds(read_ledger(self.config.run_dir).validations),
         )
 
 
