@@ -346,7 +346,7 @@ class _Audit:
                     *(_differ("lr", event["lr"], list(held)) if "lr" in event else ()),
                 ]
             )
-            states.append(_taken_over(self.segment.schedule, state, held))
+            states.append(self.segment.schedule.load(schedules.dump(state)))
         yield from min(problems, key=len)
         place = self.here
         states = tuple(states)
@@ -430,14 +430,6 @@ def _as_recorded(schedule: Schedule, state: PlateauState, event: Event) -> Plate
         num_bad=event["num_bad"],
         cooldown=event["cooldown"],
     )
-
-
-def _taken_over(schedule: Schedule, state: PlateauState, held: Sequence[float]) -> PlateauState:
-    """Load a state into a schedule whose optimizer holds these rates: where they differ, the optimizer's win."""
-    state = schedule.load(schedules.dump(state))
-    scale = schedule.scale(state) or 1.0
-    pairs = zip(state.lrs, held, schedule.applied(state), strict=True)
-    return replace(state, lrs=tuple(lr if rate == applied else rate / scale for lr, rate, applied in pairs))
 
 
 def _recorded(segment: _Segment) -> Event:
