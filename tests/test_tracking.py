@@ -11,7 +11,8 @@ import pytest
 
 from distplateau.config import parse_config
 from distplateau.record.ledger import Ledger
-from distplateau.record.tracking import NoMirror, open_mirror, row
+from distplateau.record.rows import row
+from distplateau.record.tracking import NoMirror, open_mirror
 
 pytest.importorskip("wandb")
 
