@@ -77,6 +77,17 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     return DONE
 
 
+def _sync(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.record.sync import Outcome, sync
+
+    def say(outcome: Outcome) -> None:
+        print(outcome, file=sys.stdout if outcome.complete else sys.stderr, flush=True)
+
+    outcomes = sync(options.run_dirs, say)
+    return DONE if all(outcome.complete for outcome in outcomes) else FAILED
+
+
 def _write_report(run_dir: Path) -> None:
     from distplateau.record.report import write_report
 
@@ -114,6 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help="write report.html of runs")
     command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
     command.set_defaults(run=_report)
+
+    command = commands.add_parser(
+        "sync",
+        help="upload runs to Weights & Biases from their ledgers",
+        description="Upload runs to Weights & Biases from their ledgers. Safe to repeat at any time: the server is "
+        "asked what it holds, and asked again afterwards. A run that is still training is uploaded up to its last "
+        "checkpoint.",
+    )
+    command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder")
+    command.set_defaults(run=_sync)
     return parser
 
 

@@ -116,7 +116,7 @@ class Backend:
         held = [row for row in lines if isinstance(row.get("validation"), int | float)]
         return Holding(held, json.loads(bucket.get("summaryMetrics") or "{}"), owner)
 
-    def alert(self, project: str, entity: str, run_id: str, alert: Alert, timeout: float = 5.0) -> None:
+    def alert(self, project: str, entity: str, run_id: str, alert: Alert, timeout: float = 3.0) -> None:
         """Send an alert of a run."""
         names = {"entityName": entity, "projectName": project, "runName": run_id}
         said = {"title": alert.title, "text": alert.text, "severity": alert.level, "waitDuration": _ALERT_WAIT}

@@ -22,7 +22,19 @@ Event = dict[str, Any]
 
 # A run may be called "nan".
 _AS_WRITTEN = frozenset(
-    {"event", "run", "config", "hostname", "device", "classes", "versions", "run_id", "reason", "slurm_job_id"}
+    {
+        "event",
+        "run",
+        "config",
+        "hostname",
+        "device",
+        "classes",
+        "versions",
+        "run_id",
+        "reason",
+        "slurm_job_id",
+        "slurm_nodes",
+    }
 )
 # What readers go by: without it a damaged line cannot be placed.
 _NUMBERED = {"validation": "validation", "resumed": "last_validation"}

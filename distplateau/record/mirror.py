@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,8 +53,8 @@ class Job:
         Where the client keeps its files.
     training_pid
         The process whose memory and CPU time are shown; 0 for none.
-    finished
-        An upload is of a run that has ended.
+    finished, rows, lock
+        Of an upload: whether the run has ended, how many rows it has, and the descriptor of the lock it is made under.
     """
 
     run_dir: str
@@ -69,6 +70,8 @@ class Job:
     work_dir: str = ""
     training_pid: int = 0
     finished: bool = False
+    rows: int = 0
+    lock: int = -1
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the process."""
@@ -130,7 +133,7 @@ class WandbTracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._notes = Notes(self._folder / "sent.json")
         self._backend: Backend | None = None
-        self._entity = ""
+        self._entity = self._problem = ""
         self._on_server: set[int] = set()
         self._upload_lock: TextIO | None = None
         problem = self._go_online() if job.mode in {"online", "upload"} else ""
@@ -143,37 +146,47 @@ class WandbTracker:
             self._run = self._init("offline")
 
     def held(self) -> set[int]:
+        """Return what the server holds online, what the notes say offline."""
         if self._backend is not None:
             return set(self._on_server)
         last = self._notes.read().get("validation", 0)
         return set(range(1, last + 1)) if isinstance(last, int) else set()
 
     def send(self, number: int, row: dict[str, Any]) -> None:  # noqa: ARG002
+        """Log without ``step=``."""
         self._run.log(row)
 
     def note(self, history: History, covered: int) -> None:
+        """Note how far the rows went, and send the alerts where that is possible."""
         self._notes.write({"validation": covered})
         if self._backend is not None and self._job.mode == "online":
-            with contextlib.suppress(Unavailable):  # the next time, or `sync`
-                self._send_alerts(history, covered)
+            try:
+                self._send_alerts(self._backend, history, covered)
+                self._problem = ""
+            except Unavailable as error:  # the next time, or `sync`
+                self._problem = str(error)
 
     def end(self, history: History, exit_code: int) -> None:
+        """Finish in limited time and ask what arrived; an interrupted run is marked as preempted."""
         self._run.summary.update(summary(history))
         if exit_code == INTERRUPTED:
             self._run.mark_preempting()
         self._run.finish(exit_code=exit_code)
         if self._backend is not None and self._job.mode == "online":
-            self._confirm(history)
+            problem = self._problem or self._missing(self._backend, history)
+            if problem:
+                advice = f"nothing is lost, `distplateau sync {self._job.run_dir}` uploads it"
+                self._tell(f"wandb: {problem}; {advice}")
 
     def _go_online(self) -> str:
         """Open the run online; return what is in the way, if anything is."""
         job = self._job
-        lock = lock_file(self._folder / UPLOAD_LOCK)
-        if lock is None:
-            return "another process is uploading this run"
-        self._upload_lock = lock
+        if job.lock < 0:
+            self._upload_lock = lock_file(self._folder / UPLOAD_LOCK)
+            if self._upload_lock is None:
+                return "another process is uploading this run"
         # wandb-core inherits standard output and with it the lock: it may go on sending after this process was killed.
-        os.dup2(lock.fileno(), 1)
+        os.dup2(self._upload_lock.fileno() if self._upload_lock else job.lock, 1)
         try:
             backend = connect()
             if backend is None:
@@ -210,22 +223,22 @@ class WandbTracker:
         run.define_metric("*", step_metric="epoch")
         return run
 
-    def _send_alerts(self, history: History, covered: int) -> None:
-        assert self._backend is not None
-        send_alerts(self._backend, self._folder, (self._job.project, self._entity, self._job.run_id), history, covered)
+    def _send_alerts(self, backend: Backend, history: History, covered: int) -> None:
+        send_alerts(backend, self._folder, (self._job.project, self._entity, self._job.run_id), history, covered)
 
-    def _confirm(self, history: History) -> None:
-        """Ask the server what arrived."""
+    def _missing(self, backend: Backend, history: History) -> str:
+        """Ask the server what arrived and say what did not."""
         job, wanted = self._job, {event["validation"] for event in history.validations}
-        assert self._backend is not None
+        missing = wanted
         try:
-            holding = self._backend.holding(job.project, job.entity, job.run_id, timeout=3)
-            missing = wanted - set(holding.validations) if history.finished else set()
-            problem = f"{plural(len(missing), 'row')} did not arrive" if missing else ""
+            for pause in (0, 0.5, 1):  # what was taken cannot always be read at once
+                time.sleep(pause)
+                missing = wanted - set(backend.holding(job.project, job.entity, job.run_id, timeout=3).validations)
+                if not missing:
+                    return ""
         except Unavailable as error:
-            problem = str(error)
-        if problem:
-            self._tell(f"wandb: {problem}; nothing is lost, `distplateau sync {job.run_dir}` uploads it")
+            return str(error)
+        return f"{plural(len(missing), 'row')} did not arrive"
 
     def _close_lock(self) -> None:
         if self._upload_lock is not None:
@@ -250,16 +263,22 @@ class AccelerateTracker:
         self._tracker.store_init_configuration(flat(configuration(job.config, read_ledger(job.run_dir))))
 
     def held(self) -> set[int]:
+        """Return what the notes say."""
         last = self._notes.read().get("validation", 0)
         return set(range(1, last + 1)) if isinstance(last, int) else set()
 
     def send(self, number: int, row: dict[str, Any]) -> None:
-        self._tracker.log({key: value for key, value in row.items() if key[0] != "_"}, step=row.get("step", number))
+        """Log against the optimizer step."""
+        self._tracker.log(
+            {key: value for key, value in row.items() if key[0] != "_"}, step=row.get("scheduler/step", number)
+        )
 
     def note(self, history: History, covered: int) -> None:  # noqa: ARG002
+        """Note how far the rows went."""
         self._notes.write({"validation": covered})
 
     def end(self, history: History, exit_code: int) -> None:  # noqa: ARG002
+        """Close."""
         self._tracker.finish()
 
 
@@ -347,7 +366,7 @@ def wandb_settings(job: Job) -> dict[str, Any]:
         # A run that a later upload leaves half done may go on elsewhere: only its end is told.
         "x_update_finish_state": job.mode != "upload" or job.finished,
         "init_timeout": 20,
-        "finish_timeout": 10 if live else 60,
+        "finish_timeout": 8 if live else 60 + 0.01 * job.rows,
         "x_graphql_retry_max": 2,
         "x_graphql_retry_wait_min_seconds": 0.5,
         "x_graphql_retry_wait_max_seconds": 2,
@@ -387,6 +406,9 @@ def main() -> None:
             answers.write(f"{text}\n")
             answers.flush()
 
+    # Held until the client's service has ended as well: says that somebody writes here.
+    with contextlib.suppress(OSError):
+        fcntl.flock(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
     code = 0
     try:
         serve(iter(commands), tell)

@@ -18,6 +18,7 @@ import threading
 import time
 import tomllib
 import warnings
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,8 +29,12 @@ from distplateau.record.ledger import FILE_NAME, decode, read_ledger
 from distplateau.record.mirror import INTERRUPTED, Job
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import IO, TextIO
+
     from distplateau.config import Config
 
+MIRROR_LOG = "mirror.log"
 # Seconds that the end of a run waits for a tracker; after an interruption the job's grace time is running.
 END_LIMIT, INTERRUPTED_LIMIT = 17.0, 5.0
 # Of Accelerate's trackers: what must be importable, one of these, and what pip calls it.
@@ -145,7 +150,8 @@ class ProcessMirror:
     def __init__(self, run_dir: Path, jobs: list[Job]) -> None:
         self._ledger = _LedgerEnd(run_dir / FILE_NAME)
         self._covered = 0
-        self._processes = [TrackerProcess(job) for job in jobs]
+        log = run_dir / "wandb" / MIRROR_LOG
+        self._processes = [TrackerProcess(job, _warn, log) for job in jobs]
 
     def catch_up(self, covered: int | None = None) -> None:
         """Tell the processes that validations are final; returns at once."""
@@ -168,38 +174,47 @@ class ProcessMirror:
 
 
 class TrackerProcess:
-    """The process of one tracker. What it says becomes a warning here."""
+    """The process of one tracker.
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._log = Path(job.run_dir) / "wandb" / "mirror.log"
-        self._log.parent.mkdir(parents=True, exist_ok=True)
-        command = _COMMAND.format(folder=str(Path(__file__).parents[2]))
-        with self._log.open("ab") as log:
+    Parameters
+    ----------
+    tell
+        Called, in a thread, with each line that the user should see.
+    log
+        Where it writes what nobody should need.
+    lock
+        A locked file that the process and its children hold as long as they live.
+    """
+
+    def __init__(self, job: Job, tell: Callable[[str], None], log: Path, lock: TextIO | None = None) -> None:
+        self._job, self._tell = job, tell
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptors = () if lock is None else (lock.fileno(),)
+        with log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", command],
+                [sys.executable, "-c", _COMMAND.format(folder=str(Path(__file__).parents[2]))],
+                # Unbuffered: a line that cannot be written is lost rather than kept for later.
+                bufsize=0,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stderr,
                 env=_environment(job),
+                pass_fds=descriptors,
                 # Ctrl-C is for the training; the mirror ends when that has ended.
                 start_new_session=True,
             )
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
-        self.say(job.to_json())
-        assert self._process.stdin is not None
+        self.say({**job.to_json(), "lock": descriptors[0] if descriptors else -1})
         # From now on a process that does not read must not hold up the training.
-        os.set_blocking(self._process.stdin.fileno(), False)
+        os.set_blocking(self._stdin.fileno(), False)
 
     def say(self, message: dict[str, Any]) -> None:
         """Send a line, or lose it if the process is gone or does not read: each line holds all that counts."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            pass
+        line = json.dumps(message).encode() + b"\n"
+        with suppress(OSError):
+            while line:
+                line = line[self._stdin.write(line) or len(line) :]
 
     def join(self, deadline: float) -> int:
         """Wait for the end until `deadline` (monotonic seconds), then end it; return its exit code."""
@@ -209,9 +224,15 @@ class TrackerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-            self._warn(f"{self._job.tracker} did not end in time; {self._advice}")
-        self._close()
+            self._tell(f"{self._job.tracker} did not end in time; {self._advice}")
+        with suppress(OSError):
+            self._stdin.close()
         return code
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None
+        return self._process.stdin
 
     @property
     def _advice(self) -> str:
@@ -220,19 +241,9 @@ class TrackerProcess:
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._warn(line.decode(errors="replace").strip())
-
-    def _warn(self, text: str) -> None:
-        warnings.warn(text, stacklevel=2)
-
-    def _close(self) -> None:
-        for stream in (self._process.stdin, self._process.stdout):
-            try:
-                if stream is not None:
-                    stream.close()
-            except OSError:
-                pass
+        with self._process.stdout as answers:
+            for line in answers:
+                self._tell(line.decode(errors="replace").strip())
 
 
 class _LedgerEnd:
@@ -262,6 +273,10 @@ class _LedgerEnd:
             self.validation = event["validation"]
         elif self.event == "resumed":
             self.validation = event["last_validation"]
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=2)
 
 
 def _environment(job: Job) -> dict[str, str]:
