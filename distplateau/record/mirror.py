@@ -73,6 +73,11 @@ class Job:
     rows: int = 0
     lock: int = -1
 
+    @property
+    def advice(self) -> str:
+        """Say what becomes of rows that did not get through."""
+        return f"nothing is lost{f', `distplateau sync {self.run_dir}` uploads it' if self.tracker == 'wandb' else ''}"
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values for the process."""
         return asdict(self)
@@ -98,9 +103,8 @@ class Tracker(Protocol):
         ...
 
 
-def serve(lines: Iterator[str], tell: Callable[[str], None]) -> None:
-    """Do the job that the lines describe, until they end."""
-    job = Job(**json.loads(next(lines)))
+def serve(job: Job, lines: Iterator[str], tell: Callable[[str], None]) -> None:
+    """Do the job as the lines say, until they end."""
     run_dir = Path(job.run_dir)
     tracker: Tracker = WandbTracker(job, tell) if job.tracker == "wandb" else AccelerateTracker(job)
     held, covered = tracker.held(), 0
@@ -141,7 +145,7 @@ class WandbTracker:
             raise Unavailable(problem)
         if problem:
             self._close_lock()
-            self._tell(f"wandb: {problem}; the run is mirrored offline, `distplateau sync {job.run_dir}` uploads it")
+            self._tell(f"wandb: {problem}; the run is mirrored offline, {job.advice}")
         if self._backend is None:
             self._run = self._init("offline")
 
@@ -158,8 +162,10 @@ class WandbTracker:
 
     def note(self, history: History, covered: int) -> None:
         """Note how far the rows went, and send the alerts where that is possible."""
+        if self._job.mode == "upload":
+            return
         self._notes.write({"validation": covered})
-        if self._backend is not None and self._job.mode == "online":
+        if self._backend is not None:
             try:
                 self._send_alerts(self._backend, history, covered)
                 self._problem = ""
@@ -175,8 +181,7 @@ class WandbTracker:
         if self._backend is not None and self._job.mode == "online":
             problem = self._problem or self._missing(self._backend, history)
             if problem:
-                advice = f"nothing is lost, `distplateau sync {self._job.run_dir}` uploads it"
-                self._tell(f"wandb: {problem}; {advice}")
+                self._tell(f"wandb: {problem}; {self._job.advice}")
 
     def _go_online(self) -> str:
         """Open the run online; return what is in the way, if anything is."""
@@ -376,7 +381,7 @@ def wandb_settings(job: Job) -> dict[str, Any]:
         # While a run trains the server has all day to come back.
         **({} if live else {"x_file_stream_retry_max": 5}),
         "x_file_stream_retry_wait_min_seconds": 0.5,
-        "x_file_stream_retry_wait_max_seconds": 15,
+        "x_file_stream_retry_wait_max_seconds": 15 if live else 2,
         "x_file_stream_timeout_seconds": 15,
         # The default of 15 s loses that much on SIGKILL.
         "x_transaction_log_flush_interval": 1.0,
@@ -409,12 +414,14 @@ def main() -> None:
     # Held until the client's service has ended as well: says that somebody writes here.
     with contextlib.suppress(OSError):
         fcntl.flock(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    job = Job(**json.loads(next(commands)))
     code = 0
     try:
-        serve(iter(commands), tell)
-    except Exception as error:
+        serve(job, iter(commands), tell)
+    except Exception as error:  # clients raise whatever their services, their disk or the network raise
         traceback.print_exc()
-        tell(f"{' '.join(str(error).split()) or type(error).__name__}")
+        what = " ".join(str(error).split()) or type(error).__name__
+        tell(what if job.mode == "upload" else f"{job.tracker}: {what}; {job.advice}")
         code = 1
     sys.stderr.flush()
     os._exit(code)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from typing import TextIO
 
 # Seconds: for an upload as such, for each of its rows, and until what was sent can be read back.
-_UPLOAD_LIMIT, _ROW_LIMIT, _ARRIVAL_LIMIT = 120.0, 0.02, 20.0
+_UPLOAD_LIMIT, _ROW_LIMIT, _ARRIVAL_LIMIT = 120.0, 0.02, 10.0
 
 
 @dataclass

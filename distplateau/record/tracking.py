@@ -212,7 +212,7 @@ class TrackerProcess:
     def say(self, message: dict[str, Any]) -> None:
         """Send a line, or lose it if the process is gone or does not read: each line holds all that counts."""
         line = json.dumps(message).encode() + b"\n"
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # ValueError: closed
             while line:
                 line = line[self._stdin.write(line) or len(line) :]
 
@@ -224,7 +224,7 @@ class TrackerProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
-            self._tell(f"{self._job.tracker} did not end in time; {self._advice}")
+            self._tell(f"{self._job.tracker} did not end in time; {self._job.advice}")
         with suppress(OSError):
             self._stdin.close()
         return code
@@ -233,11 +233,6 @@ class TrackerProcess:
     def _stdin(self) -> IO[bytes]:
         assert self._process.stdin is not None
         return self._process.stdin
-
-    @property
-    def _advice(self) -> str:
-        wandb = self._job.tracker == "wandb"
-        return "nothing is lost" + (f", `distplateau sync {self._job.run_dir}` uploads it" if wandb else "")
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
