@@ -6,9 +6,12 @@ The client's own ways wait for minutes, and report success where there was none;
 from __future__ import annotations
 
 import json
+import netrc
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from distplateau.record.rows import Alert
@@ -169,11 +172,8 @@ def connect() -> Backend | None:
 
     The key is looked for where the client does: ``WANDB_API_KEY``, then netrc.
     """
-    from requests.utils import get_netrc_auth
-
     url = server_url()
-    found = get_netrc_auth(url) or (get_netrc_auth(_CLASSIC_URL) if url in _HOSTED_URLS else None)
-    key = os.environ.get("WANDB_API_KEY", "").strip() or (found[1] if found else "")
+    key = os.environ.get("WANDB_API_KEY", "").strip() or _netrc_key(url)
     return Backend(url, key) if key else None
 
 
@@ -182,6 +182,26 @@ def server_url() -> str:
     import wandb
 
     return os.environ.get("WANDB_BASE_URL") or str(wandb.setup().settings.base_url)
+
+
+def app_url(base_url: str) -> str:
+    """Return the address of the pages that people look at."""
+    import wandb
+
+    return str(getattr(wandb.Settings(base_url=base_url), "app_url", base_url)).rstrip("/")
+
+
+def _netrc_key(url: str) -> str:
+    path = Path(os.environ.get("NETRC") or "~/.netrc").expanduser()
+    try:
+        entries = netrc.netrc(path)
+    except (OSError, netrc.NetrcParseError):
+        return ""
+    for address in (url, *([_CLASSIC_URL] if url in _HOSTED_URLS else [])):
+        found = entries.authenticators(urlsplit(address).netloc)
+        if found and found[2]:
+            return found[2]
+    return ""
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distplateau.errors import InputError
-from distplateau.record.backend import Backend, Holding, Unavailable, connect
+from distplateau.record.backend import Backend, Holding, Unavailable, app_url, connect
 from distplateau.record.ledger import History, read_ledger
 from distplateau.record.mirror import UPLOAD_LOCK, Job, lock_file, send_alerts
 from distplateau.record.rows import durable_validation, rows, summary, up_to
@@ -90,7 +90,7 @@ def sync(run_dirs: Sequence[str | Path], say: Callable[[Outcome], None] = lambda
     for history, job in zip(histories, jobs, strict=True):
         outcome = Outcome(run_name(history))
         try:
-            backend.probe(timeout=10)
+            backend.probe(timeout=5)
             _sync_run(backend, history, job, outcome)
         except Unavailable as error:
             outcome.problem = f"{error}; run the same command again later"
@@ -121,7 +121,7 @@ def _sync_run(backend: Backend, whole: History, job: Job, outcome: Outcome) -> N
         lacking = _lacking(history, holding)
         outcome.problem = f"{lacking}{f' ({failure})' if failure else ''}" if lacking else ""
         outcome.remarks = _remarks(holding, wanted, str(history.validations[-1]["monitor"]))
-        outcome.url = f"{_app_url(backend.base_url)}/{holding.entity}/{job.project}/runs/{job.run_id}"
+        outcome.url = f"{app_url(backend.base_url)}/{holding.entity}/{job.project}/runs/{job.run_id}"
         if lock is not None and not lacking:
             outcome.alerts = send_alerts(backend, folder, (job.project, holding.entity, job.run_id), history, covered)
             _mark_segments(folder, job.run_id)
@@ -213,11 +213,3 @@ def _mark_segments(folder: Path, run_id: str) -> None:
     with log:
         for segment in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
             segment.with_name(f"{segment.name}.synced").touch()
-
-
-def _app_url(base_url: str) -> str:
-    try:
-        from wandb.util import app_url
-    except ImportError:
-        return base_url
-    return app_url(base_url)
