@@ -17,7 +17,10 @@ PACKAGE = Path(distplateau.__file__).parent
 ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "cli", "__main__"]
 STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplateau.lockstep.schedules"]
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
-NO_TORCH = "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report".split()
+NO_TORCH = (
+    "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report "
+    "distplateau.record.mirror distplateau.record.sync distplateau.record.tracking"
+).split()
 
 
 def module_name(path, root=PACKAGE.parent):
@@ -159,6 +162,6 @@ assert "torch" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["sync", "--help"], ["--version"]])
 def test_help_does_not_import_torch(arguments):
     subprocess.run([sys.executable, "-c", _RUN_CLI, *arguments], capture_output=True, text=True, check=True)

@@ -100,9 +100,19 @@ def test_a_run_is_uploaded_once_however_often_it_is_asked_for(server, tmp_path, 
     # wandb's own upload of the offline segment has nothing to do any more.
     [segment] = (recorder.run_dir / "wandb").glob("offline-run-*")
     assert (segment / f"run-{RUN_ID}.wandb.synced").exists()
-    wandb = [sys.executable, "-m", "wandb", "sync", str(segment)]
-    subprocess.run(wandb, check=False, capture_output=True, timeout=60)
+    wandb_sync(segment)
     assert run.validations == [1, 2, 3]
+    # Negative control: without the mark it doubles them, which is told.
+    (segment / f"run-{RUN_ID}.wandb.synced").unlink()
+    wandb_sync(segment)
+    assert run.validations == [1, 2, 3, 1, 2, 3]
+    code, out, _ = sync(capsys, recorder.run_dir)
+    assert code == 0
+    assert "validations 1, 2, 3 more than once there" in out
+
+
+def wandb_sync(segment):
+    subprocess.run([sys.executable, "-m", "wandb", "sync", str(segment)], check=True, capture_output=True, timeout=60)
 
 
 def wanted(recorder):
@@ -159,14 +169,6 @@ def test_a_requeue_from_an_older_checkpoint_doubles_nothing_and_says_what_differ
     assert code == 0
     assert server.run.validations == [1, 2, 3, 4]
     assert "validation 3 there with values of work that was done again after a requeue" in out
-
-
-def test_rows_that_are_there_twice_are_told(server, tmp_path, capsys):
-    recorder = recorded(tmp_path)
-    client(tmp_path, 1, 1)
-    code, out, _ = sync(capsys, recorder.run_dir)
-    assert code == 0
-    assert "validation 1 more than once there" in out
 
 
 @pytest.mark.parametrize("victim", ["command", "client", "everything"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -188,6 +189,32 @@ def test_a_killed_run_loses_no_more_than_the_last_second(tmp_path):
     process.wait()
     validations = len(read_ledger(tmp_path / "tracked").validations)
     assert len(history(tmp_path / "tracked")) >= validations - 40  # 20 rows a second, and a slow machine
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_the_signals_of_a_job_do_not_stop_the_mirror(server, tmp_path, mode):
+    """Slurm sends SIGTERM to every process of a job; wandb's service dies of it."""
+    recorder = Recorder(tmp_path, mode)
+    before = descendants(os.getpid())
+    mirror = open_mirror(recorder.config, RUN_ID)
+    recorder.validate(1)
+    mirror.catch_up()
+    sent = recorder.run_dir / "wandb" / "sent.json"
+    while not sent.exists():
+        time.sleep(0.05)
+    time.sleep(1.2)  # the flush interval of the transaction log
+    for pid in set(descendants(os.getpid())) - set(before):
+        os.kill(pid, signal.SIGTERM)
+    recorder.validate(2)
+    recorder.ledger.append("interrupted", reason="SIGTERM", step=20)
+    start = time.perf_counter()
+    mirror.finish()
+    assert time.perf_counter() - start < 6  # the grace time is running
+    if mode == "online":
+        assert server.run.validations == [1, 2]
+        assert any(b'"preempting":true' in one.body for one in server.requests)
+    else:
+        assert [r["epoch"] for r in history(recorder.run_dir)] == [1.0, 2.0]
 
 
 def descendants(pid: int) -> list[int]:
@@ -434,8 +461,8 @@ class SummaryWriter:
     def __init__(self, folder):
         Path(folder).mkdir(parents=True, exist_ok=True)
         self.file = (Path(folder) / "scalars.jsonl").open("a")
-    def add_scalar(self, *values, **_):
-        print(json.dumps(values), file=self.file, flush=True)
+    def add_scalar(self, name, value, global_step=None, **_):
+        print(json.dumps([name, value, global_step]), file=self.file, flush=True)
     def add_text(self, *_, **__): ...
     def add_hparams(self, values, metric_dict):
         print(json.dumps(values), file=self.file, flush=True)

@@ -102,26 +102,68 @@ class Tracker(Protocol):
         """Give the summary and close."""
         ...
 
+    def abandon(self) -> None:
+        """Let go of what a failure left behind."""
+        ...
+
 
 def serve(job: Job, lines: Iterator[str], tell: Callable[[str], None]) -> None:
-    """Do the job as the lines say, until they end."""
-    run_dir = Path(job.run_dir)
-    tracker: Tracker = WandbTracker(job, tell) if job.tracker == "wandb" else AccelerateTracker(job)
+    """Do the job as the lines say, until they end.
+
+    A client that fails is opened once more: a job's signals kill the service of wandb, and the run has yet to end.
+    """
+    messages = _Messages(lines)
+    tracker = _open(job, tell)
+    try:
+        _follow(tracker, job, messages)
+    except Exception:
+        tracker.abandon()
+        if job.mode == "upload":
+            raise
+        traceback.print_exc()
+        messages.repeat()
+        _follow(_open(job, tell), job, messages)
+
+
+def _open(job: Job, tell: Callable[[str], None]) -> Tracker:
+    return WandbTracker(job, tell) if job.tracker == "wandb" else AccelerateTracker(job)
+
+
+def _follow(tracker: Tracker, job: Job, messages: _Messages) -> None:
     held, covered = tracker.held(), 0
-    exit_code: int = EX_KILLED  # the training process ended without a word
-    for line in lines:
-        message = json.loads(line)
+    for message in messages:
         covered = message.get("covered", covered)
-        history = read_ledger(run_dir)
+        history = read_ledger(job.run_dir)
         for number, values in rows(history).items():
             if number <= covered and number not in held:
                 tracker.send(number, values)
                 held.add(number)
         tracker.note(history, covered)
         if "end" in message:
-            exit_code = message["end"]
-            break
-    tracker.end(up_to(read_ledger(run_dir), covered), exit_code)
+            tracker.end(up_to(history, covered), message["end"])
+            return
+
+
+class _Messages:
+    """What the training says, up to the end; where it ends without a word, it was killed."""
+
+    def __init__(self, lines: Iterator[str]) -> None:
+        self._lines = lines
+        self._last: dict[str, Any] = {}
+        self._repeat = False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while True:
+            if not self._repeat:
+                line = next(self._lines, None)
+                said = json.loads(line) if line else {"end": EX_KILLED}
+                self._last = {**self._last, **said}
+            self._repeat = False
+            yield self._last
+
+    def repeat(self) -> None:
+        """Give the last message once more."""
+        self._repeat = True
 
 
 class WandbTracker:
@@ -144,7 +186,6 @@ class WandbTracker:
         if problem and job.mode == "upload":
             raise Unavailable(problem)
         if problem:
-            self._close_lock()
             self._tell(f"wandb: {problem}; the run is mirrored offline, {job.advice}")
         if self._backend is None:
             self._run = self._init("offline")
@@ -187,7 +228,7 @@ class WandbTracker:
         """Open the run online; return what is in the way, if anything is."""
         job = self._job
         if job.lock < 0:
-            self._upload_lock = lock_file(self._folder / UPLOAD_LOCK)
+            self._upload_lock = lock_file(self._folder / UPLOAD_LOCK, patience=10)
             if self._upload_lock is None:
                 return "another process is uploading this run"
         # wandb-core inherits standard output and with it the lock: it may go on sending after this process was killed.
@@ -200,7 +241,7 @@ class WandbTracker:
             holding = backend.holding(job.project, job.entity, job.run_id)
             self._run = self._init("online")
         except Exception as error:  # wandb raises whatever its service, its disk or the network raise
-            _forget_wandb()
+            self.abandon()
             return " ".join(str(error).split()) or type(error).__name__
         self._backend, self._on_server = backend, set(holding.validations)
         self._entity = self._run.entity or holding.entity
@@ -245,9 +286,14 @@ class WandbTracker:
             return str(error)
         return f"{plural(len(missing), 'row')} did not arrive"
 
-    def _close_lock(self) -> None:
+    def abandon(self) -> None:
+        """Let go of the lock and of what a failed start left behind: a second one would find the run id in use."""
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        os.dup2(2, 1)
         if self._upload_lock is not None:
-            os.dup2(2, 1)
             self._upload_lock.close()
             self._upload_lock = None
 
@@ -285,6 +331,9 @@ class AccelerateTracker:
     def end(self, history: History, exit_code: int) -> None:  # noqa: ARG002
         """Close."""
         self._tracker.finish()
+
+    def abandon(self) -> None:
+        """Let go: nothing is held."""
 
 
 class Notes:
@@ -329,18 +378,28 @@ def send_alerts(backend: Backend, folder: Path, run: tuple[str, str, str], histo
     return count
 
 
-def lock_file(path: Path) -> TextIO | None:
-    """Return the file, locked until it is closed by all who inherited it, or None if somebody else has it."""
+def lock_file(path: Path, patience: float = 0.0) -> TextIO | None:
+    """Return the file, locked until it is closed by all who inherited it, or None if somebody else has it.
+
+    Parameters
+    ----------
+    patience
+        Seconds to wait for it: the service of a client that has ended takes a moment to notice.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        return file  # a file system without locks: better no lock than no upload
-    return file
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                file.close()
+                return None
+            time.sleep(0.05)
+        except OSError:
+            return file  # a file system without locks: better no lock than no upload
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -386,14 +445,6 @@ def wandb_settings(job: Job) -> dict[str, Any]:
         # The default of 15 s loses that much on SIGKILL.
         "x_transaction_log_flush_interval": 1.0,
     }
-
-
-def _forget_wandb() -> None:
-    """Let go of what a failed start left behind: a second one would find the run id in use."""
-    import wandb
-
-    with contextlib.suppress(Exception):
-        wandb.teardown()
 
 
 def main() -> None:

@@ -107,7 +107,7 @@ def _sync_run(backend: Backend, whole: History, job: Job, outcome: Outcome) -> N
     if not wanted:
         return
     folder = whole.run_dir / "wandb"
-    lock = lock_file(folder / UPLOAD_LOCK)
+    lock = lock_file(folder / UPLOAD_LOCK, patience=3)
     with lock or nullcontext():
         before = backend.holding(job.project, job.entity, job.run_id)
         holding = before
@@ -207,7 +207,7 @@ def _same(held: Any, value: Any) -> bool:
 
 def _mark_segments(folder: Path, run_id: str) -> None:
     """Tell `wandb sync` that it has nothing to do, once no mirror writes them any more: it would double the rows."""
-    log = lock_file(folder / MIRROR_LOG)
+    log = lock_file(folder / MIRROR_LOG, patience=1)
     if log is None:
         return
     with log:
