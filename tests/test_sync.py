@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import time
 import pytest
 
 from distplateau.cli import main
+from distplateau.record.backend import Backend
 from distplateau.record.mirror import UPLOAD_LOCK, lock_file
 from distplateau.record.rows import rows
 from distplateau.record.tracking import open_mirror
@@ -169,6 +171,31 @@ def test_a_requeue_from_an_older_checkpoint_doubles_nothing_and_says_what_differ
     assert code == 0
     assert server.run.validations == [1, 2, 3, 4]
     assert "validation 3 there with values of work that was done again after a requeue" in out
+
+
+def test_rows_that_the_server_does_not_show_yet_are_not_sent_again(server, tmp_path, capsys, monkeypatch):
+    """It took them and counts them, but its history lags behind."""
+    monkeypatch.setattr("distplateau.record.sync._ARRIVAL_LIMIT", 1.0)
+    recorder = recorded(tmp_path)
+    client(tmp_path, 1, 2)
+    prompt = server.operations["HistoryPage"]
+    server.operations["HistoryPage"] = lambda *_: {"project": {"run": {"history": []}}}
+    code, out, err = sync(capsys, recorder.run_dir)
+    assert (code, out) == (1, "")
+    assert "shows only 0 of 2 rows so far; run the same command again later" in err
+    server.operations["HistoryPage"] = prompt
+    assert sync(capsys, recorder.run_dir)[0] == 0
+    assert server.run.validations == [1, 2, 3]
+
+
+def test_a_long_history_with_gaps_in_its_steps_is_read_to_its_end(server, tmp_path):
+    client(tmp_path, 1)
+    lines = server.run.lines["wandb-history.jsonl"]
+    for place, step in enumerate([*range(1, 1203), 5000, 5001], start=1):
+        lines[place] = json.dumps({"_step": step, "validation": place + 1})
+    holding = Backend(server.url, API_KEY).holding("tests", None, RUN_ID)
+    assert holding.validations == list(range(1, 1206))
+    assert holding.entity == "somebody"
 
 
 @pytest.mark.parametrize("victim", ["command", "client", "everything"])

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from distplateau.record.rows import Alert
 
 _PAGE = 500
-# The same title within this time is sent once, whatever becomes of our own notes. Nanoseconds.
-_ALERT_WAIT = 30 * 24 * 3600 * 10**9
+# The server sends the same title once within this time, whatever becomes of our own notes. Milliseconds, as the client
+# sends them; 30 days.
+_ALERT_WAIT = 30 * 24 * 3600 * 1000
 # The hosted service has had two addresses; a key in netrc may stand under the older one.
 _CLASSIC_URL = "https://api.wandb.ai"
 _HOSTED_URLS = {_CLASSIC_URL, "https://api.forge.coreweave.com"}
@@ -27,7 +28,7 @@ _VIEWER = "query Viewer { viewer { id entity username } }"
 _STATUS = """query RunResumeStatus($project: String, $entity: String, $name: String!) {
   model(name: $project, entityName: $entity) {
     name entity { name }
-    bucket(name: $name, missingOk: true) { name historyLineCount summaryMetrics }
+    bucket(name: $name, missingOk: true) { name historyLineCount historyTail summaryMetrics }
   }
 }"""
 _HISTORY = """query HistoryPage($entity: String!, $project: String!, $run: String!,
@@ -115,7 +116,11 @@ class Backend:
         owner, bucket = str((status.get("entity") or {}).get("name") or entity or ""), status.get("bucket")
         if not bucket:
             return Holding([], {}, owner)
-        lines = self._history(owner, project, run_id, int(bucket.get("historyLineCount") or 0), timeout)
+        lines = self._history(owner, project, run_id, _last_step(bucket), timeout)
+        count = int(bucket.get("historyLineCount") or 0)
+        if len(lines) < count:
+            # To send now what cannot be seen yet would double it.
+            raise Unavailable(f"{self.base_url} shows only {len(lines)} of {count} rows so far")
         held = [row for row in lines if isinstance(row.get("validation"), int | float)]
         return Holding(held, json.loads(bucket.get("summaryMetrics") or "{}"), owner)
 
@@ -127,21 +132,16 @@ class Backend:
         if not (answer.get("notifyScriptableRunAlert") or {}).get("success"):
             raise Unavailable("the alert was not taken")
 
-    def _history(self, entity: str, project: str, run_id: str, count: int, timeout: float) -> list[dict[str, Any]]:
-        """Read pages by step until all lines are there; steps may have gaps, but not more than one page of them."""
+    def _history(self, entity: str, project: str, run_id: str, last_step: int, timeout: float) -> list[dict[str, Any]]:
+        """Read all rows, a page of steps at a time."""
         rows: list[dict[str, Any]] = []
-        start = 0
-        while len(rows) < count:
+        for start in range(0, last_step + 1, _PAGE):
             variables = {
                 "entity": entity, "project": project, "run": run_id,
                 "minStep": start, "maxStep": start + _PAGE, "pageSize": _PAGE,
             }  # fmt: skip
             run = (self._ask(_HISTORY, variables, timeout).get("project") or {}).get("run") or {}
-            page = [json.loads(line) for line in run.get("history") or []]
-            if not page:
-                break
-            rows += page
-            start += _PAGE
+            rows += [json.loads(line) for line in run.get("history") or []]
         return rows
 
     def _ask(self, query: str, variables: dict[str, Any], timeout: float) -> dict[str, Any]:
@@ -189,6 +189,12 @@ def app_url(base_url: str) -> str:
     import wandb
 
     return str(getattr(wandb.Settings(base_url=base_url), "app_url", base_url)).rstrip("/")
+
+
+def _last_step(bucket: dict[str, Any]) -> int:
+    """Return the step of the newest row, -1 where there is none."""
+    tail = json.loads(bucket.get("historyTail") or "[]")
+    return int(json.loads(tail[-1]).get("_step", -1)) if tail else -1
 
 
 def _netrc_key(url: str) -> str:

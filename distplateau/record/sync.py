@@ -173,9 +173,11 @@ def _await_arrival(backend: Backend, history: History, job: Job) -> Holding:
     """Ask until everything is there, or for a limited time: a large server takes a moment."""
     deadline, pause = time.monotonic() + _ARRIVAL_LIMIT, 0.25
     while True:
-        holding = backend.holding(job.project, job.entity, job.run_id)
-        if not _lacking(history, holding) or time.monotonic() + pause > deadline:
-            return holding
+        last_chance = time.monotonic() + pause > deadline
+        with nullcontext() if last_chance else suppress(Unavailable):
+            holding = backend.holding(job.project, job.entity, job.run_id)
+            if last_chance or not _lacking(history, holding):
+                return holding
         time.sleep(pause)
         pause *= 2
 
