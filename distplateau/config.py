@@ -260,8 +260,11 @@ class CheckpointSection(Section):
         return int(match["count"]) * _UNIT_SECONDS[match["unit"]] if match else None
 
 
+TrackerName = Literal["tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
+
+
 class TrackingSection(Section):
-    """What is mirrored to Weights & Biases."""
+    """What is mirrored to Weights & Biases and to other trackers."""
 
     wandb: Annotated[Literal["online", "offline", "disabled"], Field(description="offline needs no account")] = (
         "offline"
@@ -270,6 +273,9 @@ class TrackingSection(Section):
     entity: Annotated[str | None, Field(description="W&B user or team")] = None
     group: Annotated[str | None, Field(description="W&B group")] = None
     tags: Annotated[list[str], Field(description="list of W&B tags")] = []
+    trackers: Annotated[
+        list[TrackerName], Field(description='further trackers, such as "tensorboard"; all that Accelerate knows')
+    ] = []
 
 
 class Config(Section):

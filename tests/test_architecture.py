@@ -14,10 +14,13 @@ import distplateau
 
 PACKAGE = Path(distplateau.__file__).parent
 # Each room may import itself and the ones before it.
-ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "cli", "__main__"]
+ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "arguments", "cli", "__main__"]
 STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplateau.lockstep.schedules"]
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
-NO_TORCH = "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report".split()
+NO_TORCH = (
+    "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report "
+    "distplateau.record.mirror distplateau.record.sync distplateau.record.tracking"
+).split()
 NO_TORCH += [f"distplateau.record.{name}" for name in ("verify", "curves", "replay", "replay_table", "replay_figure")]
 
 
@@ -161,7 +164,8 @@ assert "torch" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["verify", "--help"], ["replay", "--help"], ["--version"]]
+    "arguments",
+    [["--help"], ["train", "--help"], ["verify", "--help"], ["replay", "--help"], ["sync", "--help"], ["--version"]],
 )
 def test_help_does_not_import_torch(arguments):
     subprocess.run([sys.executable, "-c", _RUN_CLI, *arguments], capture_output=True, text=True, check=True)

@@ -30,7 +30,19 @@ _END = ',"seal":"################"}'
 
 # A run may be called "nan".
 _AS_WRITTEN = frozenset(
-    {"event", "run", "config", "hostname", "device", "classes", "versions", "run_id", "reason", "slurm_job_id"}
+    {
+        "event",
+        "run",
+        "config",
+        "hostname",
+        "device",
+        "classes",
+        "versions",
+        "run_id",
+        "reason",
+        "slurm_job_id",
+        "slurm_nodes",
+    }
 )
 _NUMBER, _RATES = (int, float), list
 # What readers go by: a line without it is damaged.

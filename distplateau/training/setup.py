@@ -16,6 +16,7 @@ from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
+from distplateau.record.tracking import check_trackers
 from distplateau.training.augment import Augment, build_augment
 from distplateau.training.datasets import load
 from distplateau.training.models import build_model
@@ -73,6 +74,7 @@ def check_ranks(config: Config) -> None:
         )
     _check_precision(config)
     _check_early_stop(config)
+    check_trackers(config)
 
 
 def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: Objective) -> Parts:

@@ -511,6 +511,7 @@ class Trainer:
                 "distplateau": distplateau.__version__,
             },
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         }
 
