@@ -31,9 +31,14 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", dest="command", required=True, metavar="COMMAND", parser_class=_Parser
     )
-    for add in (_train, _submit, _jobs, _doctor, _evaluate, _report, _verify, _replay, _sync):
+    for add in (_init, _train, _submit, _jobs, _doctor, _evaluate, _report, _verify, _replay, _sync):
         add(commands)
     return parser
+
+
+def _init(commands: Commands) -> None:
+    command = commands.add_parser("init", help="write recipes to start from: launch/ and slurm/")
+    command.add_argument("folder", type=Path, metavar="DIR", help="where they go")
 
 
 def _train(commands: Commands) -> None:

@@ -35,6 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
+def _init(options: argparse.Namespace, rest: list[str]) -> int:
+    _no_rest(rest)
+    from distplateau.recipes import FOLDERS, write_recipes
+
+    written = write_recipes(options.folder)
+    for folder in FOLDERS:
+        count = sum(path.parent.name == folder for path in written)
+        told = f"{count} files written" if count else "all there already"
+        sys.stdout.write(f"{options.folder / folder}: {told}\n")
+    sys.stdout.write(f"next: distplateau train {options.folder / 'launch' / 'demo.toml'}\n")
+    return DONE
+
+
 def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.config import load_config, read_overrides
 
@@ -203,6 +216,7 @@ def _is_first_rank() -> bool:
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+    "init": _init,
     "train": _train,
     "submit": _submit,
     "jobs": _jobs,

@@ -14,7 +14,7 @@ import distplateau
 
 PACKAGE = Path(distplateau.__file__).parent
 # Each room may import itself and the ones before it.
-ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "arguments", "cli", "__main__"]
+ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "recipes", "arguments", "cli", "__main__"]
 STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplateau.lockstep.schedules"]
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
 NO_TORCH = (
