@@ -16,7 +16,7 @@ import pytest
 from distplateau.errors import InputError
 from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record import figures, report, story
+from distplateau.record import figures, levels, report, story
 from distplateau.record import words as wording
 from distplateau.record.ledger import Ledger, read_ledger
 
@@ -35,6 +35,7 @@ class Run:
     """A run made up through the real decisions, so that ledger and schedule agree as they do in training."""
 
     def __init__(self, folder: Path, *, name="digits-baseline", schedule="plateau", rule=RULE, lrs=(0.01,), args=None):
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.ledger = folder, Ledger(folder)
         length = schedules.Length(STEPS * 30, STEPS)
         self.schedule = schedules.build(schedule, rule, args or {}, length)
@@ -346,6 +347,85 @@ def test_the_floor(folder):
     said = words(Run(folder, rule=PlateauRule(patience=0, min_lr=0.004)).validate(1.0, 2.0, 3.0).report())
     assert "at its floor (min_lr 0.004) since validation 2" in said
     assert "never reduced" not in said
+
+
+def test_a_reduction_that_eps_blocks(folder):
+    rule = PlateauRule(patience=0, eps=0.004, factor=0.5)
+    run = Run(folder, rule=rule).validate(1.0, 2.0)
+    assert "smaller than eps" not in words(run.report()), "0.01 to 0.005 is more than eps"
+    said = words(run.validate(3.0, 4.0).report())
+    assert "smaller than eps 0.004: validations 3, 4, at a learning rate of 0.005" in said
+
+
+def test_requeues_that_come_before_a_plateau_can(folder):
+    def interrupted_every(count):
+        run = Run(folder / str(count), rule=PlateauRule(patience=3))
+        for begin in range(0, 12, count):
+            run.validate(*LOSSES[begin : begin + count])
+            run.ledger.append("resumed", last_validation=begin + count, step=(begin + count) * STEPS, world_size=2)
+        return words(run.validate(0.4).report())
+
+    assert "requeued 4 times, after 3 validations in the median: fewer than the 4 in a row" in interrupted_every(3)
+    assert "in the median" not in interrupted_every(4)
+
+
+def test_settings_after_a_resume_are_told_and_used(folder):
+    run = Run(folder, rule=PlateauRule(patience=1)).validate(1.0, 2.0, 3.0)
+    before = dict(read_ledger(folder).start["schedule"])
+    changed = {**before, "rule": {**before["rule"], "patience": 0, "factor": 0.5}}
+    run.ledger.append("resumed", last_validation=3, step=3 * STEPS, world_size=2, schedule=changed)
+    rule = PlateauRule(patience=0, factor=0.5)
+    run.schedule = schedules.build("plateau", rule, {}, schedules.Length(STEPS * 30, STEPS))
+    said = words(run.validate(4.0).report())
+    assert "From validation 4 on with other settings: factor 0.1 → 0.5, patience 1 → 0." in said
+    assert "2 validations in a row without beating 1 by 0.01 % (patience 1)" in said
+    assert "1 validation without beating 1 by 0.01 % (patience 0)" in said
+
+
+def test_time_at_each_learning_rate(folder):
+    rule = PlateauRule(patience=0, factor=0.5, warmup_steps=2 * STEPS - 1)
+    run = Run(folder, rule=rule).validate(5.0, 4.0, 3.0, seconds=1800.0).validate(3.5, 3.2, 2.0, 2.5, seconds=3600.0)
+    history = read_ledger(run.folder)
+    found = [
+        (level.warmup, level.lrs, level.first, level.last, level.seconds, level.device_seconds, level.best)
+        for level in levels.levels(history)
+    ]
+    assert sum(level[4] for level in found) == 3 * 1800 + 4 * 3600
+    assert sum(level[5] for level in found) == 2 * (3 * 1800 + 4 * 3600)
+    assert found[0][:4] == (True, [found[0][1][0]], 1, 1)
+    assert [(level[1], level[2], level[3]) for level in found[1:]] == [
+        ([0.01], 2, 4), ([0.005], 5, 5), ([0.0025], 6, 7)
+    ]  # fmt: skip
+    assert [level.best for level in levels.levels(history)] == [5.0, 3.0, 3.2, 2.0]
+    assert [level.is_better for level in levels.levels(history)] == [True, True, False, True]
+    assert "came after the best" not in words(run.report())
+    said = words(run.finish().report())
+    assert "11 GPU hours. 1 h 00 min of it (18 %) came after the best validation" in said
+
+
+def test_a_schedule_of_the_clock_has_no_levels(folder):
+    assert "The cosine schedule changed it all the time" in words(
+        Run(folder, schedule="cosine").validate(*LOSSES).report()
+    )
+
+
+def test_hours_of_a_cpu_are_not_those_of_a_gpu(folder):
+    run = Run(folder).validate(1.0)
+    assert levels.device_unit(read_ledger(folder)) == "GPU hours"
+    text = run.ledger.path.read_text().replace("NVIDIA H100 80GB HBM3", "CPU")
+    run.ledger.path.write_text(text)
+    assert levels.device_unit(read_ledger(folder)) == "rank hours"
+
+
+def test_figures_for_slides_and_papers(folder):
+    run = Run(folder).validate(*LOSSES)
+    run.report()
+    names = ["curves.png", "curves.svg", "metrics.png", "metrics.svg"]
+    assert sorted(path.name for path in (folder / "figures").iterdir()) == names
+    first = {name: (folder / "figures" / name).read_bytes() for name in names}
+    assert first["curves.png"][:4] == b"\x89PNG" and b"validation loss" in first["curves.svg"]
+    run.report()
+    assert {name: (folder / "figures" / name).read_bytes() for name in names} == first, "the same ledger, the same file"
 
 
 def test_a_folder_without_a_run(tmp_path):

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from distplateau.errors import InputError
 from distplateau.record.compared import Compared, load
 from distplateau.record.comparison_figures import draw_curves, draw_parallel
-from distplateau.record.figures import COLOURS, inline_svg
+from distplateau.record.figures import COLOURS, inline_svg, save_figure
 from distplateau.record.ledger import FILE_NAME as LEDGER
 from distplateau.record.story import best_validation, rule_of, status
 from distplateau.record.words import duration, metric_text, plural, rates_text, short
@@ -66,7 +66,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ending in ("svg", "png"):
-            draw_curves(runs).savefig(folder / f"comparison.{ending}", dpi=160)
+            save_figure(draw_curves(runs), folder / f"comparison.{ending}")
         path = folder / FILE_NAME
         partial = path.with_name(f".partial-{FILE_NAME}")
         partial.write_text(render(runs, folder), encoding="utf-8", errors="xmlcharrefreplace")

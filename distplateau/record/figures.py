@@ -35,6 +35,7 @@ from distplateau.record.words import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from pathlib import Path
 
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -108,6 +109,29 @@ def draw_metrics(history: History, *, narrow: bool = False) -> Figure | None:
     return figure
 
 
+def save_figures(history: History, folder: Path) -> list[Path]:
+    """Save the drawings as SVG and PNG for slides and papers; return their paths."""
+    drawn = {"curves": draw_run(history), "metrics": draw_metrics(history)} if history.validations else {}
+    paths = []
+    for name, figure in drawn.items():
+        for ending in ("svg", "png") if figure is not None else ():
+            folder.mkdir(exist_ok=True)
+            paths.append(save_figure(figure, folder / f"{name}.{ending}"))
+    return paths
+
+
+def save_figure(figure: Figure | None, path: Path) -> Path:
+    """Save a drawing in the format that the name ends with; the same drawing gives the same file."""
+    import matplotlib as mpl
+
+    assert figure is not None
+    partial = path.with_name(f".partial-{path.name}")
+    with mpl.rc_context(style()):
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(partial, format=path.suffix[1:], dpi=160, metadata=metadata)
+    return partial.replace(path)
+
+
 def style() -> Any:
     """Return matplotlib's settings for every drawing of the record."""
     muted, line, ink = (COLOURS[name][0] for name in ("muted", "line", "ink"))
@@ -177,12 +201,12 @@ def lr_path(history: History, group: int) -> tuple[list[float], list[float]]:
     Between two validations a plateau schedule is constant and a warmup or a schedule of the clock is on its way, so
     joining the points is exact for the one and close for the others.
     """
-    start, rule = history.start, rule_of(history)
+    start, rule = history.start, rule_of(history, 1)
     warmup, steps = rule.get("warmup_steps", 0), steps_per_epoch(history)
     peaks = start.get("lrs") or history.validations[0]["lr_before"]
     points: list[tuple[float, float]] = []
     # 1cycle begins below the peak that the ledger names; its line begins at the first validation.
-    if schedule_name(history) != "onecycle":
+    if schedule_name(history, 1) != "onecycle":
         points.append((0.0, peaks[group] / max(1, warmup)))
         if warmup > 1 and steps and warmup / steps <= history.validations[-1]["epoch"]:
             points.append((warmup / steps, peaks[group]))

@@ -12,8 +12,9 @@ from statistics import median
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from distplateau.record.figures import COLOURS, draw_metrics, draw_run, inline_svg
+from distplateau.record.figures import COLOURS, draw_metrics, draw_run, inline_svg, save_figures
 from distplateau.record.ledger import Event, History, read_ledger
+from distplateau.record.levels import Level, after_best, device_unit, levels
 from distplateau.record.story import (
     METRIC_DRIVEN,
     LRChange,
@@ -49,10 +50,13 @@ if TYPE_CHECKING:
 
 
 FILE_NAME = "report.html"
+FIGURES = "figures"
 
 
 def write_report(run_dir: str | Path) -> Path:
-    """Write ``report.html`` into a run folder and return its path. No torch, no network; one process calls it.
+    """Write ``report.html`` and ``figures/`` into a run folder and return the page's path.
+
+    No torch, no network; one process calls it.
 
     The page is made of ``ledger.jsonl``, and of ``config.toml`` and ``evaluation.json`` where they exist.
 
@@ -63,6 +67,7 @@ def write_report(run_dir: str | Path) -> Path:
     """
     history = read_ledger(run_dir)
     path = history.run_dir / FILE_NAME
+    save_figures(history, history.run_dir / FIGURES)
     partial = path.with_name(f".partial-{FILE_NAME}")
     # A run name may hold half of a surrogate pair: JSON allows it, UTF-8 does not.
     partial.write_text(render(history), encoding="utf-8", errors="xmlcharrefreplace")
@@ -87,6 +92,7 @@ def render(history: History) -> str:
         tiles="".join(_tile(*tile) for tile in _tiles(history)),
         figures=_figures_html(history),
         changes=_changes_html(history),
+        levels=_levels_html(history),
         agreement=_paragraphs(agreement(history)),
         facts=_facts_html(history),
         validations=_validations_html(history),
@@ -202,6 +208,27 @@ def _change_cells(change: LRChange, history: History) -> list[str]:
     compared = [metric_text(monitor, event["value"]), metric_text(monitor, event["best"])]
     decided = _kind(change.kind, change.label)
     return [str(event["validation"]), way, decided, *place, *compared, escape(reason(change, history))]
+
+
+def _levels_html(history: History) -> str:
+    found = levels(history)
+    if not found:
+        return _paragraphs([f"The {schedule_name(history)} schedule changed it all the time."])
+    monitor, whole = str(history.validations[-1]["monitor"]), sum(level.seconds for level in found)
+    head = ["learning rate", "validations", "time", "", device_unit(history), f"best {escape(monitor)}"]
+    rows = [("", _level_cells(level, whole, monitor)) for level in found]
+    hours = sum(level.device_seconds for level in found) / 3600
+    total = f"{duration(whole)} in all, {short(hours)} {device_unit(history)}. {after_best(history)}"
+    return _table(head, rows, text=(3,)) + f'<p class="total">{escape(total.strip())}</p>'
+
+
+def _level_cells(level: Level, whole: float, monitor: str) -> list[str]:
+    rate = f"warmup to {rates_text(level.lrs)}" if level.warmup else rates_text(level.lrs)
+    place = str(level.first) if level.first == level.last else f"{level.first} to {level.last}"
+    share = 100 * level.seconds / whole if whole else 0.0
+    best = _kind("improved" if level.is_better else "bad", metric_text(monitor, level.best))
+    bar = f'<span class="bar" style="width: {share:.1f}%"></span>'
+    return [escape(rate), place, duration(level.seconds), bar, short(level.device_seconds / 3600), best]
 
 
 def _validations_html(history: History) -> str:

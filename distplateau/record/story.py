@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from distplateau.record.words import (
@@ -76,6 +77,13 @@ def best_validation(history: History) -> Event | None:
     return pick(finite, key=lambda event: event["value"], default=None)
 
 
+def is_better(value: float, than: float, history: History) -> bool:
+    """Tell whether a value of the monitored metric beats another; any number beats NaN."""
+    if math.isnan(value) or math.isnan(than):
+        return not math.isnan(value)
+    return value > than if rule_of(history).get("mode") == "max" else value < than
+
+
 def lr_changes(history: History) -> list[LRChange]:
     """Return every change of the learning rate that a decision or the clock of a schedule made; warmup is none."""
     changes: list[LRChange] = []
@@ -139,9 +147,10 @@ def _lr_story(history: History) -> str:
 
 def reason(change: LRChange, history: History) -> str:
     """Say why the learning rate was changed."""
-    rule, event = rule_of(history), change.event
+    event = change.event
+    rule = rule_of(history, event["validation"])
     if change.kind == "scheduled":
-        return f"the {schedule_name(history)} schedule"
+        return f"the {schedule_name(history, event['validation'])} schedule"
     if not rule:
         return "the ledger has no start event that says it"
     patience = rule["patience"]
@@ -167,24 +176,67 @@ def _plateau_warnings(history: History) -> Iterable[str]:
     validations, rule = history.validations, rule_of(history)
     if not validations or not rule or schedule_name(history) not in METRIC_DRIVEN:
         return
+    floor = _floor_warning(history)
+    yield from filter(None, [floor, _blocked_warning(history), _requeue_warning(history)])
     patience = rule["patience"]
-    last, floors = validations[-1]["lr_after"], rule.get("min_lr", 0.0)
-    floors = floors if isinstance(floors, list) else [floors] * len(last)
-    at_floor = any(floors) and all(lr - floor <= rule.get("eps", 0.0) for lr, floor in zip(last, floors, strict=False))
-    if at_floor:
-        since = next(e["validation"] for e in validations if e["lr_after"] == last)
-        yield (
-            f"The learning rate is at its floor (min_lr {rates_text(last)}) since validation {since}: "
-            "a plateau after that could not lower it."
-        )
     decided = history.finished is not None or len(validations) > patience
-    if decided and not at_floor and not any(change.kind == "reduced" for change in lr_changes(history)):
+    if decided and not floor and not any(change.kind == "reduced" for change in lr_changes(history)):
         longest = max(event["num_bad"] for event in validations)
         yield (
             f"The learning rate was never reduced: patience {patience} was never reached. A reduction takes "
             f"{plural(patience + 1, 'validation')} in a row without an improvement; the longest such row was "
             f"{longest}, in {plural(len(validations), 'validation')}."
         )
+
+
+def _floor_warning(history: History) -> str:
+    validations, rule = history.validations, rule_of(history)
+    if not _at_floor(validations[-1], rule):
+        return ""
+    last = validations[-1]["lr_after"]
+    since = next(e["validation"] for e in validations if e["lr_after"] == last)
+    return (
+        f"The learning rate is at its floor (min_lr {rates_text(last)}) since validation {since}: "
+        "a plateau after that could not lower it."
+    )
+
+
+def _at_floor(event: Event, rule: dict[str, Any]) -> bool:
+    rates, floors = event["lr_after"], rule.get("min_lr", 0.0)
+    floors = floors if isinstance(floors, list) else [floors] * len(rates)
+    return any(floors) and all(lr - floor <= rule.get("eps", 0.0) for lr, floor in zip(rates, floors, strict=False))
+
+
+def _blocked_warning(history: History) -> str:
+    """Find reductions that were due and not made: the counter began anew, the learning rate stayed."""
+    blocked = [
+        event["validation"]
+        for event in history.validations
+        if event["decision"] == "bad" and not event["num_bad"] and not _at_floor(event, rule_of(history))
+    ]
+    if not blocked:
+        return ""
+    eps, rate = rule_of(history).get("eps", 0.0), rates_text(history.validations[-1]["lr_after"])
+    return (
+        f"A reduction was due and was not made, because it would have been smaller than eps {short(eps)}: "
+        f"{which(blocked)}, at a learning rate of {rate}. Set schedule.eps to 0 for rates as small as that."
+    )
+
+
+def _requeue_warning(history: History) -> str:
+    """Compare the length of the segments with the row that a reduction takes."""
+    borders = [event.get("last_validation", 0) for event in history.events if event["event"] == "resumed"]
+    if not borders:
+        return ""
+    lengths = [end - begin for begin, end in zip([0, *borders], borders, strict=False)]
+    row, usual = rule_of(history)["patience"] + 1, median(lengths)
+    if usual >= row:
+        return ""
+    return (
+        f"The run was requeued {times(len(borders))}, after {short(usual)} validations in the median: fewer than the "
+        f"{row} in a row that a reduction takes. The counters were carried over, so that the decisions stand; a "
+        "scheduler whose state is not saved would never have reduced the learning rate."
+    )
 
 
 def _value_warnings(history: History) -> Iterable[str]:
@@ -226,7 +278,7 @@ def agreement(history: History) -> list[str]:
         f"after validation {e.get('last_validation', 0)} on {plural(e.get('world_size', 1), 'rank')}" for e in requeues
     ]
     again = [f"Continued {times(len(told))} from a checkpoint: {', '.join(told)}."] if told else []
-    return [story, *again]
+    return [story, *again, *changed_settings(history)]
 
 
 def status(history: History) -> tuple[str, str]:
@@ -266,14 +318,53 @@ def run_name(history: History) -> str:
     return str(history.start.get("run") or history.run_dir.resolve().name)
 
 
-def schedule_name(history: History) -> str:
-    """Return the name of the schedule, such as ``plateau``."""
-    return str((history.start.get("schedule") or {}).get("name", "plateau"))
+def schedule_name(history: History, validation: int | None = None) -> str:
+    """Return the name of the schedule, such as ``plateau``; see `rule_of` for `validation`."""
+    return str(_schedule(history, validation).get("name", "plateau"))
 
 
-def rule_of(history: History) -> dict[str, Any]:
-    """Return the settings of the schedule by name; empty where the ledger has no start."""
-    return (history.start.get("schedule") or {}).get("rule") or {}
+def rule_of(history: History, validation: int | None = None) -> dict[str, Any]:
+    """Return the settings of the schedule by name; empty where the ledger has no start.
+
+    Parameters
+    ----------
+    validation
+        The settings that decided it: a resumed run may have been given others. By default those at the end.
+    """
+    return _schedule(history, validation).get("rule") or {}
+
+
+def _schedule(history: History, validation: int | None) -> dict[str, Any]:
+    settings = [
+        event["schedule"]
+        for event in history.events
+        if event["event"] in {"start", "resumed"}
+        and event.get("schedule")
+        and (validation is None or event.get("last_validation", 0) < validation)
+    ]
+    return settings[-1] if settings else {}
+
+
+def changed_settings(history: History) -> list[str]:
+    """Say with what other settings of the schedule a run was continued, if it was."""
+    told, before = [], _schedule(history, 1)
+    for event in history.events:
+        if event["event"] != "resumed" or not event.get("schedule"):
+            continue
+        now = event["schedule"]
+        old, new = ({"name": described.get("name"), **(described.get("rule") or {})} for described in (before, now))
+        keys = [key for key in {**old, **new} if key in old and key in new and old[key] != new[key]]
+        changes = ", ".join(f"{key} {_setting(old[key])} → {_setting(new[key])}" for key in keys)
+        if changes:
+            told.append(f"From validation {event.get('last_validation', 0) + 1} on with other settings: {changes}.")
+        before = now
+    return told
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list):
+        return " / ".join(map(_setting, value))
+    return short(value) if isinstance(value, float) else str(value)
 
 
 def steps_per_epoch(history: History) -> float:
