@@ -29,6 +29,7 @@ from distplateau.record.ledger import Event, History, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
 from distplateau.training.processes import repeatable_kernels, start_accelerator
@@ -139,6 +140,7 @@ class Trainer:
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
             prepared = accelerator.prepare(parts.model, parts.optimizer, parts.scheduler)
         self.model, self.optimizer, self.scheduler = prepared
+        share_gradients(self.model)
         self.network: nn.Module = accelerator.unwrap_model(self.model)
         self.average = WeightAverage(self.network, section.ema) if section.ema else None
         self.best_weights: dict[str, Tensor] = {}
