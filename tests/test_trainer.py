@@ -15,7 +15,9 @@ from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import read_ledger
+from distplateau.training.data import Split, epoch_order
 from distplateau.training.setup import differences, prepare_parts
+from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train
 from distplateau.training.validation import measure
 from ranks import run_ranks
@@ -93,7 +95,6 @@ def test_fixed_weights_have_the_same_metric_bits_at_any_number_of_ranks(tmp_path
 
 def reference_loop(config: Config) -> list[torch.Tensor]:
     """The same training in plain torch, for one process."""
-    from distplateau.training.data import epoch_order
 
     parts = prepare_parts(config)
     data, model, size = parts.data, parts.model, config.data.global_batch_size
@@ -127,6 +128,61 @@ def _against_reference(rank, config):
 def test_one_process_is_bit_identical_to_a_plain_loop(tmp_path):
     [(ours, plain)] = run_ranks(_against_reference, 1, make_config(tmp_path))
     assert same_tensors(ours, plain)
+
+
+def _watch_steps(rank, config):
+    """Train and return, of the first 50 steps, the images that this rank read and the sum of its losses."""
+    torch.set_num_threads(1)
+    images, totals = [], []
+    add, batches = TrainStep._add_gradient, Split.batches
+
+    def watched_batches(self, *arguments):
+        for read in batches(self, *arguments):
+            images.append(read[0].clone())
+            yield read
+
+    def watched_add(self, *arguments):
+        add(self, *arguments)
+        totals.append(float(self._losses[-1][2]))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainStep, "_add_gradient", watched_add)
+        patch.setattr(Split, "batches", watched_batches)
+        patch.setattr(TrainStep, "settle_buckets", lambda self: None)  # it reads as well, but learns nothing
+        train(config)
+    return images[:50], totals[:50]
+
+
+def _reference_steps(rank, config):
+    """Do in plain torch, in one process, what `_watch_steps` watches."""
+    torch.set_num_threads(1)
+    parts = prepare_parts(config)
+    data, model, size = parts.data, parts.model, config.data.global_batch_size
+    optimizer = torch.optim.Adam(model.parameters(), lr=config.optimizer.lr, fused=True)
+    orders = [epoch_order(len(data.train), config.run.seed, epoch) for epoch in range(config.training.epochs)]
+    images, totals = [], []
+    for indices in [indices for order in orders for indices in order.split(size)][:50]:
+        images.append(data.train.images[indices])
+        losses = torch.nn.functional.cross_entropy(
+            model(data.normalize(images[-1])), data.train.labels[indices], reduction="none"
+        )
+        totals.append(float(losses.sum()))
+        losses.mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return images, totals
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_more_processes_read_the_same_samples_and_have_the_same_losses(tmp_path, ranks):
+    # No step is cut by a validation, and the learning rate stays: what is compared is the training alone.
+    config = make_config(tmp_path, training={"epochs": 3, "validate_every": "3 epochs"})
+    [(images, totals)] = run_ranks(_reference_steps, 1, config)
+    by_rank = run_ranks(_watch_steps, ranks, config)
+    assert len(images) == 50
+    for step in range(50):
+        assert torch.equal(torch.cat([seen[step] for seen, _ in by_rank]), images[step])
+        assert sum(losses[step] for _, losses in by_rank) == pytest.approx(totals[step], rel=1e-4)
 
 
 class StoppedError(Exception):
