@@ -133,6 +133,8 @@ def _named(ranks: list[int]) -> str:
 
 def _work(rank: int, ranks: int, connection: Connection, tests: str) -> None:
     """Serve calls until the parent is gone."""
+    # A daemon, that it goes with the parent; but daemons may have no children, and data is read by some.
+    multiprocessing.current_process()._config["daemon"] = False
     sys.path.insert(0, tests)
     os.environ.update(
         RANK=str(rank),

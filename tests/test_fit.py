@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from distplateau import fit
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
+from distplateau.training.trainer import Trainer
 from ranks import run_ranks
 
 
@@ -68,12 +69,69 @@ def test_labels_bring_an_accuracy(tmp_path):
     assert metrics["val/accuracy"] > 0.7
 
 
+class Noisy(Dataset):
+    """Points whose inputs are drawn anew each time they are read."""
+
+    def __init__(self, count, seed):
+        self.inputs, values = points(count, seed)
+        self.labels = (values > 0).long()
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, index):
+        return self.inputs[index] + 0.1 * torch.randn(5), int(self.labels[index])
+
+
+def _classify_noisy(rank, folder, workers, stop_at):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    config = settings(folder, epochs=4)
+    config["data"]["workers"] = workers
+    validate = Trainer._validate
+
+    def stopping(self):
+        event = validate(self)
+        if event["validation"] == stop_at:
+            self._save(wait=True)
+            raise InterruptedError
+        return event
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_validate", stopping)
+        try:
+            fit(model, "cross_entropy", Noisy(150, 0), Noisy(60, 1), config)
+        except InterruptedError:
+            return None
+    events = read_ledger(folder / "run").validations
+    return [event["metrics"] for event in events], [p.detach() for p in model.parameters()]
+
+
+def test_a_data_set_is_read_anew_each_epoch_and_resumes_to_the_same_bits(tmp_path):
+    whole = run_ranks(_classify_noisy, 2, tmp_path / "whole", 2, None)
+    metrics, weights = whole[0]
+    assert metrics[0].keys() == {"val/loss", "val/accuracy"} and metrics[-1]["val/accuracy"] > 0.8
+    assert run_ranks(_classify_noisy, 2, tmp_path / "cut", 2, 2) == [None, None]
+    for workers, folder in ((2, "cut"), (0, "without workers")):
+        again = run_ranks(_classify_noisy, 2, tmp_path / folder, workers, None)
+        assert again[0][0] == metrics
+        assert all(torch.equal(one, other) for one, other in zip(again[0][1], weights, strict=True))
+
+
 def test_mistakes_are_named(tmp_path):
     model, good = torch.nn.Linear(5, 1), points(20, 0)
     with pytest.raises(InputError, match="train_data: has 20 inputs and 19 targets"):
         fit(model, "mse", (good[0], good[1][:19]), good, settings(tmp_path))
-    with pytest.raises(InputError, match="val_data: cannot be read as"):
+    with pytest.raises(InputError, match="val_data: sample 0 is a int; give"):
         fit(model, "mse", good, [1, 2, 3], settings(tmp_path))
+    with pytest.raises(InputError, match="val_data: sample 0 has no tensors"):
+        fit(model, "mse", good, [("a", "b")], settings(tmp_path))
+    with pytest.raises(InputError, match="train_data: has no samples"):
+        fit(model, "mse", [], good, settings(tmp_path))
+    with pytest.raises(InputError, match="train_data: is a generator without numbered samples"):
+        fit(model, "mse", (pair for pair in zip(*good, strict=True)), good, settings(tmp_path))
+    with pytest.raises(InputError, match="train_data: is a tuple of 3"):
+        fit(model, "mse", (*good, good[0]), good, settings(tmp_path))
     with pytest.raises(InputError, match=r"training.loss = 'msee'"):
         fit(model, "msee", good, good, settings(tmp_path))
     with pytest.raises(InputError, match=r"training.loss = 'test_mistakes_are_named.*: gave shape \(\)"):
@@ -81,3 +139,16 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(InputError, match=r"training.epoks = 3: unknown key"):
         fit(model, "mse", good, good, settings(tmp_path, epoks=3))
     assert not (tmp_path / "run").exists()
+
+
+def _uneven(rank, folder):
+    samples = [*zip(*points(20, 0), strict=True), (torch.zeros(4), torch.zeros(()))]
+    with pytest.raises(InputError) as error:
+        fit(torch.nn.Linear(5, 1), "mse", samples, points(20, 1), settings(folder))
+    return str(error.value)
+
+
+def test_a_sample_unlike_the_others_is_named(tmp_path):
+    [told] = run_ranks(_uneven, 1, tmp_path)
+    assert "sample 20 of its training set has a float32 tensor [4] where others have float32 [5]" in told
+    assert told.endswith("give (input, target): two tensors or numbers, of one shape and dtype for all samples")

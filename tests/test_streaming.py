@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -35,8 +34,6 @@ def pictures(tmp_path_factory):
 
 
 def _train_with_workers(rank, config):
-    # The warm ranks of the tests are daemons, which may have no children.
-    multiprocessing.current_process()._config["daemon"] = False
     return _train(rank, config)
 
 
@@ -105,7 +102,6 @@ CLASSES = """
 
 
 def _in_folder(rank, folder, config):
-    multiprocessing.current_process()._config["daemon"] = False
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     return _train(rank, config)

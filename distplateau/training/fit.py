@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
 from distplateau.training.data import DataSet, Split
+from distplateau.training.loader import MapStyle, PairSpec, StreamedSplit, WrongItemError, kind_of, raised, repeatable
 from distplateau.training.losses import build_loss, per_sample
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.setup import assemble_parts, check_ranks
@@ -43,7 +44,8 @@ def fit(
     loss
         A name of `distplateau.training.losses`, or a function from (outputs, targets) to one value per sample, [n].
     train_data, val_data
-        ``(inputs, targets)`` tensors, [n, ...] each, or a map-style dataset of such pairs, which is read into memory.
+        ``(inputs, targets)`` tensors, [n, ...] each, which stay in memory, or a map-style dataset of such pairs, which
+        ``data.workers`` processes read while it is used, with its random transforms seeded by (seed, step, rank).
         Inputs go to the model as they are. With integer targets [n] there is an accuracy beside the loss.
     config
         A run's configuration, a tree of plain values, or the path of a TOML file; ``[data]`` gives the batch sizes,
@@ -65,7 +67,8 @@ def fit(
     """
     settings = _settings(config)
     check_ranks(settings)
-    data = _data_set(_tensors("train_data", train_data), _tensors("val_data", val_data))
+    workers = settings.data.workers
+    data = _data_set(_samples("train_data", train_data, workers), _samples("val_data", val_data, workers), model)
     further = build_objective(settings.training, 0).further
     function = build_loss(loss, settings.training.loss_args) if isinstance(loss, str) else per_sample(loss, _name(loss))
     objective = Objective(function, data.num_classes, further)
@@ -84,33 +87,72 @@ def _settings(config: Config | Mapping[str, Any] | str | Path | None) -> Config:
     return config.model_copy(update=sections)
 
 
-def _tensors(argument: str, samples: Samples) -> Split:
-    """Read samples into memory: data that is sliced there needs no worker processes."""
-    if isinstance(samples, TensorDataset):
-        samples = (samples.tensors[0], samples.tensors[-1])
-    if not isinstance(samples, tuple):
-        try:
-            pairs = [samples[index] for index in range(len(samples))]  # pyright: ignore[reportArgumentType]
-            samples = (
-                torch.stack([torch.as_tensor(x) for x, _ in pairs]),
-                torch.stack([torch.as_tensor(y) for _, y in pairs]),
-            )
-        except (TypeError, ValueError, RuntimeError, LookupError) as error:
-            problem = f"cannot be read as (input, target) pairs of one shape ({' '.join(str(error).split())[:160]})"
-            raise InputError(argument, problem, "give tensors, or a map-style dataset of such pairs") from None
-    inputs, targets = samples
+def _samples(argument: str, given: Samples, workers: int) -> Split | StreamedSplit:
+    """Keep tensors in memory, where they need no worker processes; read a data set while it is used."""
+    if isinstance(given, TensorDataset) and len(given.tensors) == 2:
+        given = (given.tensors[0], given.tensors[1])
+    if not isinstance(given, tuple):
+        return _streamed(argument, given, workers)
+    fix = "give (inputs, targets), as many of both and at least one, or a map-style data set of such pairs"
+    if len(given) != 2 or not all(isinstance(part, Tensor) and part.dim() for part in given):
+        raise InputError(argument, f"is {kind_of(given)}, which are no two tensors", fix)
+    inputs, targets = given
     if len(inputs) != len(targets) or not len(inputs):
-        problem = f"has {len(inputs)} inputs and {len(targets)} targets"
-        raise InputError(argument, problem, "give as many of both, at least one")
+        raise InputError(argument, f"has {len(inputs)} inputs and {len(targets)} targets", fix)
     return Split(inputs, targets)
 
 
-def _data_set(train: Split, validation: Split) -> DataSet:
-    labels = torch.cat([train.labels, validation.labels])
-    are_classes = not labels.is_floating_point() and labels.dim() == 1
-    classes = tuple(map(str, range(int(labels.max()) + 1))) if are_classes else ()
-    empty = Split(validation.images[:0], validation.labels[:0])
-    return DataSet(_BY_HAND, train, validation, empty, classes, mean=(), std=())
+def _streamed(argument: str, dataset: Dataset[Any], workers: int) -> StreamedSplit:
+    """Look at the first sample now rather than when all ranks are waiting for it."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        fix = "give tensors, or a data set with __len__ and __getitem__"
+        raise InputError(argument, f"is {kind_of(dataset)} without numbered samples", fix)
+    samples: MapStyle = dataset  # pyright: ignore[reportAssignmentType]  # it has both
+    if not len(samples):
+        raise InputError(argument, "has no samples", "give at least one")
+    try:
+        with repeatable(0):
+            spec = PairSpec.of(samples[0])
+    except WrongItemError as error:
+        raise InputError(argument, f"sample 0 {error}", PairSpec.form) from None
+    except Exception as error:  # the user's code
+        raise InputError(argument, f"sample 0 {raised(error)}", "mend the data set") from error
+    part = {"train_data": "training", "val_data": "validation"}[argument]
+    return StreamedSplit(samples, spec, workers, source=_BY_HAND, part=part)
+
+
+def _data_set(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> DataSet:
+    nothing = torch.empty(0)
+    classes = tuple(map(str, range(_num_classes(train, validation, model))))
+    return DataSet(_BY_HAND, train, validation, Split(nothing, nothing), classes, mean=(), std=())
+
+
+def _num_classes(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> int:
+    """Return how many classes there are; 0 where the targets are no labels.
+
+    Labels of a data set are read with its samples: what the model tells apart is known before.
+    """
+    parts = (train, validation)
+    if all(isinstance(part, Split) for part in parts):
+        labels = torch.cat([part.labels for part in parts if isinstance(part, Split)])
+        are_classes = not labels.is_floating_point() and labels.dim() == 1
+        return int(labels.max()) + 1 if are_classes else 0
+    with repeatable(0):
+        first = [next(iter(part.batches([torch.tensor([0])], torch.device("cpu")))) for part in parts]
+        if any(targets.is_floating_point() or targets.dim() != 1 for _, targets in first):
+            return 0
+        outputs = _outputs(model, first[0][0])
+    return outputs.shape[1] if outputs.dim() == 2 else 0
+
+
+def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    training = model.training
+    model.eval()
+    with torch.inference_mode():
+        outputs: Tensor = model(inputs.to(device))
+    model.train(training)
+    return outputs
 
 
 def _name(function: object) -> str:

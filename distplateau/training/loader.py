@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
 
 import numpy as np
 import torch
@@ -45,13 +45,38 @@ class MapStyle(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+class Spec(Protocol):
+    """What all samples of a data set have in common.
+
+    Parameters
+    ----------
+    form
+        How a sample has to be, as advice.
+    """
+
+    form: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of one input."""
+        ...
+
+    def check(self, item: Any) -> tuple[Tensor, Any]:
+        """Return input and target of a sample that is as it should be; raise `WrongItemError` for another."""
+        ...
+
+    def collate(self, samples: Sequence[tuple[Tensor, Any]]) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of a batch, which may be empty."""
+        ...
+
+
 class WrongItemError(Exception):
     """What a data set gave for a sample is not what it should be; the text goes on where 'sample 3' ends."""
 
 
 @dataclass(frozen=True)
 class ItemSpec:
-    """What all samples of a data set have in common.
+    """What all samples of a data set of labelled images have in common.
 
     Parameters
     ----------
@@ -62,6 +87,8 @@ class ItemSpec:
     num_classes
         Labels are from 0 to below it.
     """
+
+    form: ClassVar[str] = ITEM_FORM
 
     shape: tuple[int, int, int]
     dtype: torch.dtype
@@ -84,6 +111,42 @@ class ItemSpec:
         return default_collate([image for image, _ in samples]), labels
 
 
+@dataclass(frozen=True)
+class PairSpec:
+    """What all samples of a data set of any (input, target) pairs have in common."""
+
+    form: ClassVar[str] = "give (input, target): two tensors or numbers, of one shape and dtype for all samples"
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    target_shape: tuple[int, ...]
+    target_dtype: torch.dtype
+
+    @classmethod
+    def of(cls, item: Any) -> PairSpec:
+        """Return what a sample is like."""
+        inputs, target = _tensor_pair(item)
+        return cls(tuple(inputs.shape), inputs.dtype, tuple(target.shape), target.dtype)
+
+    def check(self, item: Any) -> tuple[Tensor, Tensor]:
+        """Return input and target of a sample that is as it should be."""
+        inputs, target = _tensor_pair(item)
+        for found, shape, dtype in (
+            (inputs, self.shape, self.dtype),
+            (target, self.target_shape, self.target_dtype),
+        ):
+            if tuple(found.shape) != shape or found.dtype != dtype:
+                raise WrongItemError(f"has {kind_of(found)} where others have {str(dtype)[6:]} {list(shape)}")
+        return inputs, target
+
+    def collate(self, samples: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        """Return inputs [n, ...] and targets [n, ...]. There may be no samples."""
+        if not samples:
+            inputs = torch.empty(0, *self.shape, dtype=self.dtype)
+            return inputs, torch.empty(0, *self.target_shape, dtype=self.target_dtype)
+        return default_collate([inputs for inputs, _ in samples]), default_collate([target for _, target in samples])
+
+
 @dataclass(frozen=True, eq=False)
 class StreamedSplit:
     """Part of a data set that is read while it is used.
@@ -103,7 +166,7 @@ class StreamedSplit:
     """
 
     dataset: MapStyle
-    spec: ItemSpec
+    spec: Spec
     workers: int = 0
     indices: Tensor | None = None
     source: str = "image-folder"
@@ -140,7 +203,7 @@ class StreamedSplit:
         Yields
         ------
         tuple of Tensor
-            Inputs [n, c, h, w] of the data set's dtype and labels int64 [n], for each slice in turn.
+            Inputs [n, ...] of the data set's dtype and targets [n, ...], for each slice in turn.
 
         Raises
         ------
@@ -255,7 +318,7 @@ class _Failure:
 class _BatchReader(Dataset[Any]):
     """A data set whose items are batches."""
 
-    def __init__(self, dataset: MapStyle, spec: ItemSpec) -> None:
+    def __init__(self, dataset: MapStyle, spec: Spec) -> None:
         self.dataset, self.spec = dataset, spec
 
     def __getitem__(self, request: _Request) -> tuple[Tensor, Tensor] | _Failure:
@@ -265,7 +328,7 @@ class _BatchReader(Dataset[Any]):
                 try:
                     samples.append(self.spec.check(self.dataset[index]))
                 except WrongItemError as error:
-                    return _Failure(index, str(error), ITEM_FORM, "")
+                    return _Failure(index, str(error), self.spec.form, "")
                 except Exception as error:  # the user's code, or a damaged file
                     return _Failure(index, raised(error), "mend or remove it", traceback.format_exc())
         return self.spec.collate(samples)
@@ -344,6 +407,16 @@ def image_and_label(item: Any) -> tuple[Tensor, int]:
     except TypeError:
         raise WrongItemError(f"has {kind_of(label)} for its label") from None
     return image.detach().as_subclass(Tensor), number
+
+
+def _tensor_pair(item: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(item, tuple | list) or len(item) != 2:
+        raise WrongItemError(f"is {kind_of(item)}")
+    try:
+        inputs, target = (torch.as_tensor(part).detach().as_subclass(Tensor) for part in item)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise WrongItemError(f"has no tensors ({short(error)})") from None
+    return inputs, target
 
 
 def kind_of(thing: Any) -> str:
