@@ -59,7 +59,14 @@ def interval_in_steps(text: str, steps_per_epoch: int) -> int:
     return int(match["count"]) * (steps_per_epoch if match["unit"].startswith("epoch") else 1)
 
 
+def interval_in_seconds(text: str) -> int | None:
+    """Translate an interval such as ``"10 min"`` to seconds; None if it is counted in epochs or steps."""
+    match = _DURATION.fullmatch(text)
+    return int(match["count"]) * _UNIT_SECONDS[match["unit"]] if match else None
+
+
 Interval = Annotated[str, AfterValidator(_check_interval)]
+IntervalOrDuration = Annotated[str, AfterValidator(_check_interval_or_duration)]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Factor = Annotated[float, Field(gt=0, lt=1)]
@@ -248,16 +255,13 @@ class TrainingSection(Section):
 class CheckpointSection(Section):
     """How often the run can be continued from, and how many checkpoints stay."""
 
-    every: Annotated[
-        str, AfterValidator(_check_interval_or_duration), Field(description='"1 epoch", "500 steps" or "10 min"')
-    ] = "1 epoch"
+    every: Annotated[IntervalOrDuration, Field(description='"1 epoch", "500 steps" or "10 min"')] = "1 epoch"
     keep: Annotated[Positive, Field(description="newest checkpoints that are kept")] = 2
 
     @property
     def seconds(self) -> int | None:
         """Return `every` in seconds, None if it is counted in epochs or steps."""
-        match = _DURATION.fullmatch(self.every)
-        return int(match["count"]) * _UNIT_SECONDS[match["unit"]] if match else None
+        return interval_in_seconds(self.every)
 
 
 TrackerName = Literal["tensorboard", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio"]
@@ -273,6 +277,9 @@ class TrackingSection(Section):
     entity: Annotated[str | None, Field(description="W&B user or team")] = None
     group: Annotated[str | None, Field(description="W&B group")] = None
     tags: Annotated[list[str], Field(description="list of W&B tags")] = []
+    log_every: Annotated[
+        IntervalOrDuration, Field(description='lines between validations where there is no terminal: "500 steps"')
+    ] = "1 min"
     trackers: Annotated[
         list[TrackerName], Field(description='further trackers, such as "tensorboard"; all that Accelerate knows')
     ] = []

@@ -1,4 +1,4 @@
-"""What a person sees while the run goes on: a bar on a terminal, one line per validation elsewhere. Main rank only."""
+"""What a person sees while the run goes on: a bar on a terminal, lines elsewhere. Main rank only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from distplateau.config import interval_in_seconds, interval_in_steps
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
+    from distplateau.config import Config
     from distplateau.record.ledger import Event
 
 _REFRESH_SECONDS = 0.5
@@ -27,25 +30,43 @@ class ProgressReport:
         Whether this process talks.
     total_steps, done_steps
         Optimizer steps of the whole run and those made before a resume.
+    patience
+        That of the schedule, None for one that has none.
     """
 
-    def __init__(self, *, main: bool, total_steps: int, done_steps: int, steps_per_epoch: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        main: bool,
+        total_steps: int,
+        done_steps: int,
+        steps_per_epoch: int,
+        patience: int | None,
+    ) -> None:
         self._main, self._total, self._steps_per_epoch = main, total_steps, steps_per_epoch
-        self._first_step, self._started, self._refreshed = done_steps, time.monotonic(), 0.0
+        self._epochs, self._batch_size, self._patience = config.training.epochs, config.data.global_batch_size, patience
+        self._first_step, self._started = done_steps, time.monotonic()
+        self._last_step, self._last_time = done_steps, self._started
+        self._standing = ""
         self._console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
+        every = config.tracking.log_every
+        self._every_seconds = interval_in_seconds(every)
+        self._every_steps = None if self._every_seconds else interval_in_steps(every, steps_per_epoch)
         if main and self._console.is_terminal:
+            self._every_seconds, self._every_steps = _REFRESH_SECONDS, None
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
-                TextColumn("steps  loss {task.fields[loss]}  lr {task.fields[lr]}"),
+                TextColumn("steps  {task.fields[facts]}"),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
                 transient=True,
             )
-            self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, loss="-", lr="-")
+            self._task = self._bar.add_task("training", total=total_steps, completed=done_steps, facts="")
 
     def __enter__(self) -> ProgressReport:
         if self._bar:
@@ -64,18 +85,38 @@ class ProgressReport:
             self._console.print(text, style=style, markup=False)
 
     def stepped(self, step: int, loss: Callable[[], float], lrs: Callable[[], list[float]]) -> None:
-        """Move the bar; what waits for the device is asked only when the bar is drawn, twice a second."""
-        if self._bar and time.monotonic() - self._refreshed >= _REFRESH_SECONDS:
-            self._refreshed = time.monotonic()
+        """Move the bar, or print a line; what waits for the device is asked only when one of them is due."""
+        if not self._main or not self._is_due(step):
+            return
+        pace = (step - self._last_step) * self._batch_size / max(1e-9, time.monotonic() - self._last_time)
+        self._begin_interval(step)
+        facts = [f"loss {loss():.4f}", f"lr {lrs()[0]:.4g}", self._standing, f"{pace:,.0f} samples/s"]
+        if self._bar:
             epoch = f"epoch {step // self._steps_per_epoch + 1}"
-            self._bar.update(self._task, completed=step, description=epoch, loss=f"{loss():.4f}", lr=f"{lrs()[0]:.3g}")
+            self._bar.update(self._task, completed=step, description=epoch, facts="  ".join(filter(None, facts)))
+        else:
+            epoch = f"epoch {step / self._steps_per_epoch:.2f}/{self._epochs}"
+            where = [epoch, f"step {step:,}/{self._total:,}"]
+            self.say("  ".join(filter(None, [*where, *facts, f"{self._remaining(step)} left"])), "dim")
 
-    def validated(self, event: Event, epochs: int, patience: int | None) -> None:
+    def _is_due(self, step: int) -> bool:
+        if self._every_steps is not None:
+            return step % self._every_steps == 0
+        assert self._every_seconds is not None
+        return time.monotonic() - self._last_time >= self._every_seconds
+
+    def _begin_interval(self, step: int) -> None:
+        self._last_step, self._last_time = step, time.monotonic()
+
+    def validated(self, event: Event) -> None:
         """Print the line of a validation."""
         if not self._main:
             return
+        self._begin_interval(event["step"])
+        bad = f"  bad {event['num_bad']}/{self._patience}" if self._patience is not None else ""
+        self._standing = f"best {event['best']:.4f}{bad}"
         style = {"reduced": "yellow", "raised": "cyan", "improved": "green"}.get(event["decision"])
-        self.say(validation_line(event, epochs, patience, self._remaining(event["step"])), style)
+        self.say(validation_line(event, self._epochs, self._patience, self._remaining(event["step"])), style)
         if "nonfinite_loss" in event:
             first = event["nonfinite_loss"]
             self.say(

@@ -172,10 +172,12 @@ class Trainer:
         if self.main:
             self._open_record(resumed)
         progress = ProgressReport(
+            self.config,
             main=self.main,
             total_steps=self.length.total_steps,
             done_steps=self.step,
             steps_per_epoch=self.length.steps_per_epoch,
+            patience=self._patience,
         )
         with progress, Interruption() as interruption:
             self._announce(progress, resumed)
@@ -210,7 +212,7 @@ class Trainer:
             progress.stepped(self.step, self.train_step.last_loss, self.scheduler.get_last_lr)
             if self.step % self.validate_every == 0 or self.step == self.length.total_steps:
                 event = self._validate()
-                progress.validated(event, self.config.training.epochs, self._patience)
+                progress.validated(event)
             if self._checkpoint_is_due():
                 self._save(wait=self._end() is not None)
             self._heed(interruption.agreed(self._request()))
