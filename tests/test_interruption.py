@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distplateau.record.ledger import read_ledger
-from distplateau.training import interruption
+from distplateau.training import interruption, trainer
 from distplateau.training.interruption import SIGNALS, Call, Interrupted, Interruption
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer
@@ -27,7 +27,7 @@ def trace(folder):
     return [[event[key] for key in KEYS] for event in read_ledger(folder / "run").validations]
 
 
-def _signalled(rank, config, step, victims, number, settle=True):
+def _signalled(rank, config, step, victims, number, settle=True, shared=True):
     """Train; the ranks in `victims` get a signal after that step. Return the exit code or the final weights."""
     interruption._ROUND_SECONDS = 0.0  # these runs take less than a second
     call, settle_buckets = TrainStep.__call__, TrainStep.settle_buckets
@@ -41,6 +41,9 @@ def _signalled(rank, config, step, victims, number, settle=True):
     TrainStep.__call__ = watched
     if not settle:
         TrainStep.settle_buckets = lambda self: None
+    share_gradients = trainer.share_gradients
+    if not shared:
+        trainer.share_gradients = lambda model: None
     before = [signal.getsignal(n) for n in SIGNALS]
     try:
         result = _train(rank, config)[1]
@@ -48,6 +51,7 @@ def _signalled(rank, config, step, victims, number, settle=True):
         result = stop.code, stop.reason, stop.step
     finally:
         TrainStep.__call__, TrainStep.settle_buckets = call, settle_buckets
+        trainer.share_gradients = share_gradients
         interruption._ROUND_SECONDS = 1.0
     assert [signal.getsignal(n) for n in SIGNALS] == before
     return result
@@ -84,15 +88,17 @@ def test_an_interrupted_run_ends_with_the_bits_of_one_that_was_not(tmp_path, ran
     assert [step for event, step in events if event == "resumed"] == seen
 
 
-def test_without_settled_buckets_three_ranks_would_differ(tmp_path):
-    """Negative control: DDP adds gradients in another order after its first backward pass."""
+@pytest.mark.parametrize(
+    ("settle", "shared", "same"), [(True, False, True), (False, False, False), (False, True, True)]
+)
+def test_without_settled_buckets_three_ranks_would_differ(tmp_path, settle, shared, same):
+    """Negative control: DDP adds gradients in another order after its first backward pass. Shared memory does not."""
     sections = {"model": {"args": {"hidden": [700, 700]}}, "training": {"epochs": 1}, "optimizer": {"lr": 0.1}}
-    for settle in (True, False):
-        whole = run_ranks(_signalled, 3, make_config(tmp_path / f"whole-{settle}", **sections), 0, [], 0, settle)
-        config = make_config(tmp_path / f"cut-{settle}", **sections)
-        assert run_ranks(_signalled, 3, config, 8, [1], signal.SIGTERM, settle)[0][0] == 75
-        resumed = run_ranks(_signalled, 3, config, 0, [], 0, settle)
-        assert same_tensors(resumed[0], whole[0]) == settle
+    whole = run_ranks(_signalled, 3, make_config(tmp_path / "whole", **sections), 0, [], 0, settle, shared)
+    config = make_config(tmp_path / "cut", **sections)
+    assert run_ranks(_signalled, 3, config, 8, [1], signal.SIGTERM, settle, shared)[0][0] == 75
+    resumed = run_ranks(_signalled, 3, config, 0, [], 0, settle, shared)
+    assert same_tensors(resumed[0], whole[0]) == same
 
 
 def test_batchnorm_statistics_of_each_rank_survive(tmp_path):

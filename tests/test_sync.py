@@ -39,6 +39,8 @@ def server(monkeypatch):
     with WandbServer() as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
+        # Of tests before this one: the client of another program would go through it.
+        monkeypatch.delenv("WANDB_SERVICE", raising=False)
         yield server
 
 

@@ -155,6 +155,16 @@ def test_two_segments_of_one_run_hold_every_validation_once(tmp_path):
     assert json.loads((config.run_dir / "wandb" / "sent.json").read_text()) == {"validation": 3}
 
 
+def test_a_wandb_service_of_the_training_script_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SERVICE", f"3-{os.getpid()}-unix-/nowhere/socket")
+    recorder = Recorder(tmp_path)
+    mirror = open_mirror(recorder.config, RUN_ID)
+    recorder.validate(1)
+    mirror.catch_up(1)
+    mirror.finish()
+    assert [row["epoch"] for row in history(recorder.run_dir)] == [1.0]
+
+
 def test_what_no_checkpoint_covers_is_not_sent(tmp_path):
     recorder = Recorder(tmp_path)
     mirror = open_mirror(recorder.config, RUN_ID)

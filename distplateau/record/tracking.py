@@ -276,6 +276,8 @@ def _warn(text: str) -> None:
 
 def _environment(job: Job) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_LAUNCHER)}
+    # That of a wandb in the training script: in a service of another's, a run that ended badly keeps its id in use.
+    kept.pop("WANDB_SERVICE", None)
     if job.tracker != "wandb":
         kept |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     return {**kept, "OMP_NUM_THREADS": "1"}

@@ -620,7 +620,7 @@ def _read_history(run_dir: Path) -> History | None:
 
 
 def _training_seconds(validations: list[Event]) -> float:
-    return round(sum(event["seconds"] for event in validations), 3)
+    return round(sum(event.get("seconds", 0.0) for event in validations), 3)
 
 
 def _device_name(device: torch.device) -> str:
