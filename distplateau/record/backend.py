@@ -1,5 +1,4 @@
-"""Questions to a wandb server, each with a time limit: who am I, which rows and reports are there, send
-this alert.
+"""Questions to a wandb server, each with a time limit: who am I, what is there, send this alert.
 
 The client's own ways wait for minutes, and report success where there was none; what has arrived is asked here.
 """

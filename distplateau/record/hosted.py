@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import textwrap
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -23,18 +24,19 @@ from urllib.parse import quote
 from distplateau.errors import InputError
 from distplateau.record.backend import Backend, Unavailable, View, app_url, connect
 from distplateau.record.comparison import common_folder
-from distplateau.record.hosted_page import MAX_TITLE, plain, title_of
 from distplateau.record.ledger import History, read_ledger
 from distplateau.record.rows import durable_validation
 from distplateau.record.story import run_name
 from distplateau.record.sync import describe
-from distplateau.record.words import plural
+from distplateau.record.words import plain, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from distplateau.record.mirror import Job
 
+# The client takes no longer title.
+_MAX_TITLE = 128
 NOTE = "wandb-report.json"
 # Seconds for the client to save a report: its start takes up to 10 on a busy machine.
 _SAVE_LIMIT = 60.0
@@ -95,7 +97,7 @@ def host_report(run_dirs: Sequence[Path], out: Path | None = None, sweep: Path |
     note = _Note(run_dirs[0] if len(run_dirs) == 1 else out or common_folder(run_dirs), marker)
     place = {"server": backend.base_url, "entity": entity, "project": project}
     found = _find(backend.views(project, entity), note.read(place), marker)
-    title = (found.title[:MAX_TITLE] if found else "") or title_of(histories, _name(sweep))
+    title = (found.title[:_MAX_TITLE] if found else "") or _title(histories, sweep)
     request = {
         "run_dirs": [str(Path(run_dir).resolve()) for run_dir in run_dirs],
         "run_ids": list(dict.fromkeys(job.run_id for job in jobs)),
@@ -153,8 +155,15 @@ def _marker(histories: Sequence[History], jobs: Sequence[Job], sweep: Path | Non
     return f"distplateau:{hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]}"
 
 
-def _name(sweep: Path | None) -> str:
-    return plain(sweep.resolve().name).strip() if sweep is not None else ""
+def _title(histories: Sequence[History], sweep: Path | None) -> str:
+    """Name a report so that the same command gives the same name: after its run, its sweep, or its first runs."""
+    names = [plain(run_name(history)).strip() or "run" for history in histories]
+    subject = names[0] if len(names) == 1 else f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}"
+    if sweep is not None and len(names) > 1:
+        subject = plain(sweep.resolve().name).strip() or subject
+    ending = " · distplateau"
+    room = _MAX_TITLE - len(ending)
+    return f"{subject if len(subject) <= room else f'{subject[: room - 1]}…'}{ending}"
 
 
 def _find(views: Sequence[View], noted: str, marker: str) -> View | None:
@@ -190,9 +199,10 @@ def _save(backend: Backend, request: dict[str, Any]) -> str:
         try:
             said = json.loads(answer.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise Unavailable(f"the wandb client died with exit code {process.returncode}") from None
+            last = Path(folder, "log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+            said = {"problem": "; ".join([f"died with exit code {process.returncode}", *last])}
     if "problem" in said:
-        raise Unavailable(f"the wandb client says: {backend.redact(said['problem'])[:200]}")
+        raise Unavailable(f"the wandb client: {textwrap.shorten(backend.redact(plain(said['problem'])), 200)}")
     return str(said["id"])
 
 
@@ -210,8 +220,9 @@ class _Note:
     def read(self, place: dict[str, str]) -> str:
         """Return the id of the report in this place, empty without one."""
         entry = self._all().get(self._marker)
-        here = isinstance(entry, dict) and all(entry.get(key) == value for key, value in place.items())
-        return str(entry.get("id") or "") if here else ""
+        if not isinstance(entry, dict) or any(entry.get(key) != value for key, value in place.items()):
+            return ""
+        return str(entry.get("id") or "")
 
     def write(self, entry: dict[str, str]) -> list[str]:
         """Remember the report; return what there is to say if that fails."""

@@ -1,6 +1,7 @@
 """The report as blocks of a hosted W&B Report, and the process that saves it with the real client.
 
-What the local page says in its words is said here too; curves are drawn by the server, from the rows it holds.
+Only that process loads it: it takes the extra `report`. What the local page says in its words is said here too; curves
+are drawn by the server, from the rows it holds.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from wandb_workspaces.reports.v2 import interface as wr
 
 from distplateau.record.compared import Compared, load
 from distplateau.record.comparison import (
@@ -30,18 +33,16 @@ from distplateau.record.story import (
     meta,
     metric_panels,
     rule_of,
-    run_name,
     status,
     summarize,
 )
-from distplateau.record.words import MAX_GROUPS_NAMED, metric_label
+from distplateau.record.words import MAX_GROUPS_NAMED, metric_label, plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from distplateau.record.ledger import History
 
-MAX_TITLE = 128
 # Not the parentheses: Markdown with formulas may take an escaped one for the beginning of one.
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|$~&@:!])")
 _WIDTH = 24
@@ -53,7 +54,7 @@ def main() -> None:
     answer = Path(request.pop("answer"))
     try:
         said = {"id": save(**request)}
-    except Exception as error:  # noqa: BLE001 - whatever the client raises is one line for the user
+    except Exception as error:  # whatever the client raises is one line for the user
         said = {"problem": f"{type(error).__name__}: {' '.join(str(error).split())}"}
     answer.with_suffix(".partial").write_text(json.dumps(said), encoding="utf-8")
     answer.with_suffix(".partial").replace(answer)
@@ -64,8 +65,6 @@ def main() -> None:
 
 def save(run_dirs: Sequence[str], run_ids: Sequence[str], entity: str, project: str, **view: str) -> str:
     """Create a report on the server, or replace the one with the id `view["view_id"]`; return its id."""
-    import wandb_workspaces.reports.v2 as wr
-
     runs = [load(Path(run_dir)) for run_dir in run_dirs]
     runset = wr.Runset(entity=entity, project=project, name="Runs", filters=run_filter(run_ids))
     report = wr.Report(
@@ -92,8 +91,6 @@ def page(runs: Sequence[Compared], runset: Any) -> list[Any]:
 
 
 def _page_of_one(history: History, runset: Any) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
     return [
         wr.P(plain(summarize(history))),
         wr.P(plain(" · ".join(filter(None, [status(history)[0], meta(history)])))),
@@ -110,8 +107,6 @@ def _page_of_one(history: History, runset: Any) -> list[Any]:
 
 
 def _page_of_several(runs: Sequence[Compared], runset: Any) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
     keys = differing(runs)
     cells = [[str(number), run.name, *table_cells(run, keys)] for number, run in enumerate(runs, start=1)]
     histories = [run.history for run in runs]
@@ -131,10 +126,8 @@ def _page_of_several(runs: Sequence[Compared], runset: Any) -> list[Any]:
 
 def _panels(histories: Sequence[History]) -> list[Any]:
     """Return curves, single values and the comparer, laid out in the grid."""
-    import wandb_workspaces.reports.v2 as wr
-
     several = len(histories) > 1
-    shown = {"x": "epoch", "title_x": "epoch", "max_runs_to_show": len(histories) if several else None}
+    shown: dict[str, Any] = {"x": "epoch", "title_x": "epoch", "max_runs_to_show": len(histories) if several else None}
     panels: list[Any] = [
         wr.LinePlot(title="Losses", y=_loss_names(histories), **shown),
         wr.LinePlot(title="Learning rate", log_y=True, **_rate_names(histories), **shown),
@@ -147,7 +140,7 @@ def _panels(histories: Sequence[History]) -> list[Any]:
     for place, (title, metric, over_runs) in enumerate(_scalars(histories)):
         # Over several runs the panel shows one number.
         one = {"groupby_aggfunc": over_runs, "title": f"{title} ({over_runs} of the runs)"}
-        said = one if several else {"title": title}
+        said: dict[str, Any] = one if several else {"title": title}
         panels.append(wr.ScalarChart(metric=metric, layout=wr.Layout(x=8 * place, y=below, w=8, h=4), **said))
     panels.append(wr.RunComparer(diff_only="split" if several else None, layout=_row(below + 4)))
     return panels
@@ -155,8 +148,6 @@ def _panels(histories: Sequence[History]) -> list[Any]:
 
 def _parallel(runs: Sequence[Compared], keys: Sequence[str]) -> list[Any]:
     """Return a sweep as parallel lines: its settings, and what came of them."""
-    import wandb_workspaces.reports.v2 as wr
-
     numeric = numbers_only(runs, keys)
     if not numeric or len(runs) <= 2:
         return []
@@ -168,8 +159,6 @@ def _parallel(runs: Sequence[Compared], keys: Sequence[str]) -> list[Any]:
 
 
 def _row(y: int) -> Any:
-    import wandb_workspaces.reports.v2 as wr
-
     return wr.Layout(x=0, y=y, w=_WIDTH, h=8)
 
 
@@ -184,7 +173,7 @@ def _scalars(histories: Sequence[History]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _loss_names(histories: Sequence[History]) -> list[str]:
+def _loss_names(histories: Sequence[History]) -> list[Any]:
     """Return the names under which the server knows the losses, or the monitored metric where there is none."""
     names: dict[str, None] = {}
     for history in histories:
@@ -203,14 +192,10 @@ def _rate_names(histories: Sequence[History]) -> dict[str, Any]:
 
 
 def _warnings(texts: Sequence[str]) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
     return [wr.CalloutBlock(plain(f"Worth knowing: {text}")) for text in texts]
 
 
 def _changes(history: History) -> Any:
-    import wandb_workspaces.reports.v2 as wr
-
     changes = marked_changes(history)
     if not changes:
         return wr.P(plain(no_changes(history)))
@@ -223,8 +208,6 @@ def _changes(history: History) -> Any:
 
 
 def _facts(history: History) -> list[Any]:
-    import wandb_workspaces.reports.v2 as wr
-
     found = facts(history)
     return [wr.H2("Record"), wr.MarkdownBlock(table(["", ""], found.items()))] if found else []
 
@@ -237,20 +220,4 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def escaped(text: str) -> str:
     """Return text that Markdown shows as it is, on one line."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(plain(text).split(" ")))
-
-
-def plain(text: str) -> str:
-    """Return text on one line that JSON and UTF-8 can carry: a run name may hold half of a surrogate pair."""
-    whole = str(text).encode("utf-8", "replace").decode("utf-8")
-    return "".join(char if char.isprintable() or char in "\N{NO-BREAK SPACE}" else " " for char in whole)
-
-
-def title_of(histories: Sequence[History], sweep: str) -> str:
-    """Name a report, so that the same command gives the same name: after its run, its sweep, or its first runs."""
-    names = [plain(run_name(history)).strip() or "run" for history in histories]
-    subject = sweep or (names[0] if len(names) == 1 else f"{', '.join(names[:3])}{' and more' * (len(names) > 3)}")
-    ending = " · distplateau"
-    room = MAX_TITLE - len(ending)
-    cut = subject if len(subject) <= room else f"{subject[: room - 1]}…"
-    return f"{cut}{ending}"
+    return _MARKDOWN.sub(r"\\\1", plain(text).strip(" "))
