@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import secrets
 import shutil
 import time
 from pathlib import Path
@@ -241,14 +242,17 @@ def test_a_report_that_was_deleted_is_made_again(server, tmp_path):
     assert not host_report([run_dir]).created
 
 
-def test_another_server_is_not_asked_for_the_report_of_this_one(server, tmp_path, monkeypatch):
+def test_a_note_counts_on_its_own_server_only(server, tmp_path, monkeypatch):
     run_dir = uploaded(server, record(tmp_path))
     first = host_report([run_dir])
-    with WandbServer() as other:
+    [foreign] = server.views.values()
+    with WandbServer() as other, monkeypatch.context() as patch:
         uploaded(other, run_dir)
-        with monkeypatch.context() as patch:
-            patch.setenv("WANDB_BASE_URL", other.url)
-            assert host_report([run_dir]).created
+        # Ids of servers of one's own are counted from 1: what has the noted id there is somebody else's.
+        other.views = {foreign["id"]: {**foreign, "description": "of somebody else", "spec": "{}"}}
+        patch.setenv("WANDB_BASE_URL", other.url)
+        assert host_report([run_dir]).created
+        assert other.views[foreign["id"]]["spec"] == "{}"
     assert host_report([run_dir]).url == first.url
 
 
@@ -533,3 +537,20 @@ def test_a_copy_of_a_run_is_the_same_run(server, tmp_path):
     shutil.copytree(run_dir, tmp_path / "copy")
     first = host_report([run_dir])
     assert host_report([tmp_path / "copy"]).url == first.url
+
+
+@pytest.mark.skipif(
+    not (os.environ.get("WANDB_API_KEY") and os.environ.get("DISTPLATEAU_WANDB_LIVE")),
+    reason="set WANDB_API_KEY and DISTPLATEAU_WANDB_LIVE=1 to try the real service",
+)
+def test_the_real_service(tmp_path, capsys):
+    """Opt-in: a run and a report in the project "tests" of whoever the key belongs to."""
+    run_dir = record(tmp_path, run_id=secrets.token_hex(4), started=time.time())
+    assert main(["sync", str(run_dir)]) == 0
+    code, out, err = report(capsys, run_dir)
+    assert (code, err) == (0, "")
+    made = out.splitlines()[-1]
+    (run_dir / NOTE).unlink()
+    code, out, err = report(capsys, run_dir)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == made.replace("created", "updated")
