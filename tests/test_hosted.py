@@ -9,7 +9,9 @@ import re
 import secrets
 import shutil
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +27,7 @@ from tracked import event
 from wandb_server import API_KEY, StoredRun, WandbServer
 
 pytest.importorskip("wandb_workspaces")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:wandb_workspaces.*")
 
 HOSTILE = """a|b "c" 'd' `e` *f* _g_ <b>h</b> [i](http://j) $k$ \\ ~~l~~ &amp; #m"""
 
@@ -90,6 +93,15 @@ def run_ids(server, view=None):
     assert leaf["key"] == {"section": "run", "name": "name"} and leaf["op"] == "IN" and not leaf["disabled"]
     assert (runset["project"]["entityName"], runset["project"]["name"]) == (server.entity, "tests")
     return leaf["value"]
+
+
+def assert_laid_out(found):
+    """No panel lies on another, or below a gap."""
+    corners = [panel["layout"] for panel in found]
+    taken = [(one["x"] + x, one["y"] + y) for one in corners for x in range(one["w"]) for y in range(one["h"])]
+    assert len(taken) == len(set(taken))
+    assert {y for _, y in taken} == set(range(max(y for _, y in taken) + 1))
+    assert max(x for x, _ in taken) < 24
 
 
 def without_ids(spec):
@@ -177,9 +189,7 @@ def test_the_curves_and_values_are_those_that_the_mirror_writes(server, tmp_path
     held = set(rows(history)[1])
     assert {name for line in lines for name in [*line["metrics"], line["xAxis"]]} <= held
     assert {name for one in scalars for name in one["metrics"]} <= set(summary(history))
-    corners = [panel["layout"] for panel in panels(server)]
-    taken = [(one["x"] + x, one["y"] + y) for one in corners for x in range(one["w"]) for y in range(one["h"])]
-    assert len(taken) == len(set(taken)), "panels lie on each other"
+    assert_laid_out(panels(server))
 
 
 def test_a_run_that_went_on_is_updated(server, tmp_path):
@@ -282,6 +292,7 @@ def test_several_runs_are_compared_on_one_page(server, tmp_path, capsys):
     [parallel] = panels(server, "Parallel Coordinates Plot")
     columns = [column["accessor"] for column in parallel["config"]["columns"]]
     assert columns == ["config:schedule.value.patience", "summary:best"]
+    assert_laid_out(panels(server))
 
 
 def test_a_sweep_keeps_its_report_when_runs_are_added(server, tmp_path, capsys):
@@ -332,6 +343,43 @@ def test_a_name_of_any_bytes_and_length_does_not_stop_the_report(server, tmp_pat
     assert view["displayName"].startswith("x?  /?%yyy")
     assert url.count("/") == 6
     assert not host_report([run_dir]).created
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("events", "losses", "best"),
+    [
+        ([], ["val/loss", "train/loss"], "best value"),
+        ([event(1, "nonfinite", value=NAN, train_loss=NAN, metrics={"val/loss": NAN})], None, "best val/loss"),
+        (
+            [event(1, monitor="val/accuracy", value=0.5, metrics={"val/accuracy": 0.5})],
+            ["val/accuracy", "train/loss"],
+            "best val/accuracy",
+        ),
+        ([event(1, "raised", lr_after=[0.2, 0.4])], ["val/loss", "train/loss"], "best val/loss"),
+        ([event(1, "scheduled", lr_after=[0.0, 0.0])], ["val/loss", "train/loss"], "best val/loss"),
+    ],
+)
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_run_of_any_kind_has_a_page(tmp_path, events, losses, best, count):
+    """Offline: what the client would send."""
+    from wandb_workspaces.reports.v2 import interface as wr
+
+    from distplateau.record.compared import load
+    from distplateau.record.hosted_page import page
+
+    ledger = Ledger(tmp_path)
+    rule = {"mode": "min", "patience": 3, "factor": [0.1, 0.5], "threshold": 0.0}
+    ledger.append("start", run="x", run_id="xxxx1111", schedule={"name": "plateau", "rule": rule})
+    for one in events:
+        ledger.append("validation", **one)
+    model = wr.Report(project="p", entity="e", blocks=page(count * [load(tmp_path)], wr.Runset()))._to_model()
+    spec = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+    shown = panels(None, view={"spec": json.dumps(spec)})
+    assert shown[0]["config"]["metrics"] == (losses or ["val/loss", "train/loss"])
+    assert best in [panel["config"]["chartTitle"].split(" (")[0] for panel in shown if "Scalar" in panel["viewType"]]
 
 
 def test_many_groups_are_drawn_by_a_pattern(server, tmp_path):
@@ -501,14 +549,18 @@ def test_a_client_that_cannot_start_says_why(server, tmp_path, monkeypatch):
 
 
 def test_the_key_is_written_and_printed_nowhere(server, tmp_path, capsys, monkeypatch):
-    home = tmp_path / "home"
+    home, work = tmp_path / "home", tmp_path / "work"
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
+    # What the client writes there is kept to be searched.
+    work.mkdir()
+    kept = SimpleNamespace(TemporaryDirectory=lambda **_options: nullcontext(str(work)))
+    monkeypatch.setattr(hosted, "tempfile", kept)
     run_dir = uploaded(server, record(tmp_path / "runs"))
     code, out, err = report(capsys, run_dir)
     assert code == 0
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert run_dir / NOTE in files
+    assert {run_dir / NOTE, work / "answer.json", work / "log"} <= set(files)
     for path in files:
         assert API_KEY.encode() not in path.read_bytes(), path
     assert API_KEY not in out + err

@@ -109,12 +109,12 @@ def _page_of_one(history: History, runset: Any) -> list[Any]:
 def _page_of_several(runs: Sequence[Compared], runset: Any) -> list[Any]:
     keys = differing(runs)
     cells = [[str(number), run.name, *table_cells(run, keys)] for number, run in enumerate(runs, start=1)]
-    histories = [run.history for run in runs]
+    panels = _panels([run.history for run in runs])
     blocks = [
         wr.P(plain(summarize_all(runs))),
         wr.MarkdownBlock(table(table_head(runs, keys), cells)),
         wr.H2("Curves"),
-        wr.PanelGrid(runsets=[runset], panels=[*_panels(histories), *_parallel(runs, keys)]),
+        wr.PanelGrid(runsets=[runset], panels=[*panels, *_parallel(runs, keys, below=panels[-1])]),
         wr.H2("Learning rate changes"),
     ]
     for run in runs:
@@ -146,7 +146,7 @@ def _panels(histories: Sequence[History]) -> list[Any]:
     return panels
 
 
-def _parallel(runs: Sequence[Compared], keys: Sequence[str]) -> list[Any]:
+def _parallel(runs: Sequence[Compared], keys: Sequence[str], below: Any) -> list[Any]:
     """Return a sweep as parallel lines: its settings, and what came of them."""
     numeric = numbers_only(runs, keys)
     if not numeric or len(runs) <= 2:
@@ -154,8 +154,8 @@ def _parallel(runs: Sequence[Compared], keys: Sequence[str]) -> list[Any]:
     monitor = next((run.monitor for run in runs if run.monitor), "best")
     columns = [wr.ParallelCoordinatesPlotColumn(metric=wr.Config(key), display_name=key) for key in numeric]
     columns.append(wr.ParallelCoordinatesPlotColumn(metric=wr.SummaryMetric("best"), display_name=f"best {monitor}"))
-    # Far below the others: the grid closes the gap.
-    return [wr.ParallelCoordinatesPlot(title="Settings and what came of them", columns=columns, layout=_row(100))]
+    layout = _row(below.layout.y + below.layout.h)
+    return [wr.ParallelCoordinatesPlot(title="Settings and what came of them", columns=columns, layout=layout)]
 
 
 def _row(y: int) -> Any:
