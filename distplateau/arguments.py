@@ -101,9 +101,15 @@ def _evaluate(commands: Commands) -> None:
 
 
 def _report(commands: Commands) -> None:
-    command = commands.add_parser("report", help="write report.html of runs, and a comparison of several")
+    command = commands.add_parser(
+        "report",
+        help="write report.html of runs, and a comparison of several",
+        description="Write report.html of runs, and a comparison of several. With --wandb also as a hosted report in "
+        "the runs' W&B project: made once, updated at the same address by the same command.",
+    )
     command.add_argument("run_dirs", type=Path, nargs="+", metavar="RUN", help="run folder, or the folder of a sweep")
     command.add_argument("--out", type=Path, metavar="DIR", help="where the comparison goes; default: beside the runs")
+    command.add_argument("--wandb", action="store_true", help="also as a hosted W&B report (pip install with [report])")
 
 
 def _verify(commands: Commands) -> None:

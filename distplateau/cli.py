@@ -133,11 +133,32 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _no_rest(rest)
     from distplateau.record.comparison import expand, write_comparison
 
+    if options.wandb:
+        from distplateau.record.hosted import check_installed
+
+        check_installed()
     run_dirs = expand(options.run_dirs)
     for run_dir in run_dirs:
         _write_report(run_dir)
     if len(run_dirs) > 1:
         sys.stdout.write(f"comparison {write_comparison(run_dirs, options.out).resolve()}\n")
+    return _host_report(options, run_dirs) if options.wandb else DONE
+
+
+def _host_report(options: argparse.Namespace, run_dirs: list[Path]) -> int:
+    from distplateau.record.backend import Unavailable
+    from distplateau.record.hosted import host_report
+
+    sys.stdout.flush()
+    [folder, *others] = options.run_dirs
+    try:
+        hosted = host_report(run_dirs, options.out, None if others or folder in run_dirs else folder)
+    except Unavailable as problem:
+        sys.stderr.write(f"distplateau: the hosted report was not saved: {problem}; run the same command again later\n")
+        return FAILED
+    for remark in hosted.remarks:
+        sys.stderr.write(f"distplateau: {remark}\n")
+    sys.stdout.write(f"{'created' if hosted.created else 'updated'} {hosted.url}\n")
     return DONE
 
 

@@ -19,7 +19,7 @@ STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplatea
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
 NO_TORCH = (
     "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report "
-    "distplateau.record.mirror distplateau.record.sync distplateau.record.tracking"
+    "distplateau.record.mirror distplateau.record.sync distplateau.record.hosted distplateau.record.tracking"
 ).split()
 NO_TORCH += [f"distplateau.record.{name}" for name in ("verify", "curves", "replay", "replay_table", "replay_figure")]
 
@@ -165,7 +165,15 @@ assert "torch" not in sys.modules
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["verify", "--help"], ["replay", "--help"], ["sync", "--help"], ["--version"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["verify", "--help"],
+        ["replay", "--help"],
+        ["sync", "--help"],
+        ["report", "--help"],
+        ["--version"],
+    ],
 )
 def test_help_does_not_import_torch(arguments):
     subprocess.run([sys.executable, "-c", _RUN_CLI, *arguments], capture_output=True, text=True, check=True)

@@ -31,6 +31,7 @@ _OPERATION = re.compile(r"\b(?:query|mutation)\s+(\w+)")
 _RESUMABLE = '{"t": 1}'
 # Nobody waits longer for an answer than a test lasts.
 _LONGEST_HANG_SECONDS = 120.0
+_CREATED = "2026-01-01T00:00:00"
 
 
 @dataclass
@@ -86,6 +87,8 @@ class WandbServer:
     def __init__(self, entity: str = ENTITY) -> None:
         self.entity = entity
         self.runs: dict[str, StoredRun] = {}
+        self.views: dict[str, dict[str, Any]] = {}
+        self.views_a_page = 100
         self.requests: list[Request] = []
         self.operations: dict[str, Callable[[WandbServer, dict[str, Any]], Any]] = dict(_OPERATIONS)
         self.unknown_operations: Counter[str] = Counter()
@@ -354,6 +357,58 @@ def _history_page(server: WandbServer, variables: dict[str, Any]) -> dict[str, A
     return {"project": {"run": {"history": wanted[: variables["pageSize"]]}}}
 
 
+def _projects(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
+    names = sorted({run.project for run in server.runs.values() if run.entity == variables["entity"]})
+    nodes = [
+        {
+            "id": name,
+            "name": name,
+            "entityName": variables["entity"],
+            "createdAt": _CREATED,
+            "isBenchmark": False,
+            "user": None,
+        }
+        for name in names
+    ]
+    edges = [{"node": node, "cursor": node["name"]} for node in nodes]
+    return {"models": {"edges": edges, "pageInfo": {"endCursor": None, "hasNextPage": False}}}
+
+
+def _internal_id(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
+    owner = (variables["entityName"], variables["projectName"])
+    known = any((run.entity, run.project) == owner for run in server.runs.values())
+    return {"project": {"id": "1", "internalId": "project-1"} if known else None}
+
+
+def _upsert_view(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
+    """Store a report; an id that is not known is an error, as it is there."""
+    view_id = variables.get("id")
+    inserted = not view_id
+    if inserted:
+        # As ids are there: base64, with its padding.
+        view_id = base64.b64encode(f"View:{len(server.views) + 1}".encode()).decode()
+        created = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(1.7e9 + len(server.views)))
+        server.views[view_id] = {"id": view_id, "createdAt": created}
+    project = {"id": "1", "name": variables["projectName"], "entityName": variables["entityName"]}
+    told = {key: variables[key] for key in ("type", "name", "displayName", "description", "spec")}
+    server.views[view_id] |= {**told, "project": project, "updatedAt": _CREATED}
+    return {"upsertView": {"view": server.views[view_id], "inserted": inserted}}
+
+
+def _project_views(server: WandbServer, variables: dict[str, Any]) -> dict[str, Any]:
+    owner = (variables["entity"], variables["project"])
+    views = [
+        view
+        for view in server.views.values()
+        if (view["project"]["entityName"], view["project"]["name"]) == owner and view["type"] == "runs"
+    ]
+    start = int(variables.get("reportCursor") or 0)
+    end = start + min(variables["reportLimit"], server.views_a_page)
+    page_info = {"endCursor": str(end), "hasNextPage": end < len(views)}
+    edges = [{"node": view, "cursor": str(place)} for place, view in enumerate(views[start:end], start=start)]
+    return {"project": {"allViews": {"edges": edges, "pageInfo": page_info}}}
+
+
 _OPERATIONS: dict[str, Callable[[WandbServer, dict[str, Any]], Any]] = {
     "Viewer": _viewer,
     "RunResumeStatus": _resume_status,
@@ -365,6 +420,10 @@ _OPERATIONS: dict[str, Callable[[WandbServer, dict[str, Any]], Any]] = {
     "CreateRunFiles": _create_run_files,
     "NotifyScriptableRunAlert": _alert,
     "HistoryPage": _history_page,
+    "GetProjects": _projects,
+    "ProjectInternalId": _internal_id,
+    "upsertView": _upsert_view,
+    "ProjectViews": _project_views,
     "RunState": lambda server, variables: {
         "project": {"run": {"state": "finished" if server.runs[variables["run"]].exit_codes else "running"}}
     },

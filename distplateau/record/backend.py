@@ -1,4 +1,4 @@
-"""Questions to a wandb server, each with a time limit: who am I, which rows are there, send this alert.
+"""Questions to a wandb server, each with a time limit: who am I, what is there, send this alert.
 
 The client's own ways wait for minutes, and report success where there was none; what has arrived is asked here.
 """
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from distplateau.record.rows import Alert
 
 _PAGE = 500
+_VIEWS_A_PAGE = 100
 # The server sends the same title once within this time, whatever becomes of our own notes. Milliseconds, as the client
 # sends them; 30 days.
 _ALERT_WAIT = 30 * 24 * 3600 * 1000
@@ -35,6 +36,14 @@ _HISTORY = """query HistoryPage($entity: String!, $project: String!, $run: Strin
                   $minStep: Int64!, $maxStep: Int64!, $pageSize: Int!) {
   project(name: $project, entityName: $entity) {
     run(name: $run) { history(minStep: $minStep, maxStep: $maxStep, samples: $pageSize) }
+  }
+}"""
+_VIEWS = """query ProjectViews($project: String!, $entity: String!, $reportCursor: String, $reportLimit: Int!) {
+  project(name: $project, entityName: $entity) {
+    allViews(viewType: "runs", first: $reportLimit, after: $reportCursor) {
+      edges { node { id displayName description createdAt } }
+      pageInfo { endCursor hasNextPage }
+    }
   }
 }"""
 _ALERT = """mutation NotifyScriptableRunAlert($entityName: String!, $projectName: String!, $runName: String!,
@@ -72,6 +81,16 @@ class Holding:
         return [int(row["validation"]) for row in self.rows]
 
 
+@dataclass(frozen=True)
+class View:
+    """A report on the server: its id, its title, and what stands under the title."""
+
+    view_id: str
+    title: str
+    description: str
+    created: str
+
+
 class Backend:
     """A wandb server and a key for it.
 
@@ -89,7 +108,7 @@ class Backend:
         self.base_url = base_url.rstrip("/")
         self._session = requests.Session()
         # Given for each request: a netrc entry of the host must not take its place.
-        self._session.auth = ("api", key)
+        self._session.auth = self._auth = ("api", key)
 
     def probe(self, timeout: float = 2.0) -> str:
         """Return the entity that the key belongs to, or raise `Unavailable` within about `timeout` seconds."""
@@ -123,6 +142,38 @@ class Backend:
             raise Unavailable(f"{self.base_url} shows only {len(lines)} of {count} rows so far")
         held = [row for row in lines if isinstance(row.get("validation"), int | float)]
         return Holding(held, json.loads(bucket.get("summaryMetrics") or "{}"), owner)
+
+    def presence(self, project: str, entity: str | None, run_id: str, timeout: float = 10.0) -> tuple[str, int | None]:
+        """Return the entity that a project belongs to, and how many rows of a run are there; None without the run."""
+        try:
+            answer = self._ask(_STATUS, {"project": project, "entity": entity, "name": run_id}, timeout)
+            status = answer.get("model") or {}
+            owner, bucket = str((status.get("entity") or {}).get("name") or entity or ""), status.get("bucket")
+            return owner, int(bucket.get("historyLineCount") or 0) if bucket else None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise Unavailable(f"{self.base_url} does not answer like a wandb server ({error!r})") from None
+
+    def views(self, project: str, entity: str, timeout: float = 10.0) -> list[View]:
+        """Return the reports of a project, the oldest first."""
+        found: list[View] = []
+        cursor = None
+        while True:
+            variables = {"project": project, "entity": entity, "reportCursor": cursor, "reportLimit": _VIEWS_A_PAGE}
+            try:
+                page = (self._ask(_VIEWS, variables, timeout).get("project") or {}).get("allViews") or {}
+                nodes = [edge["node"] for edge in page.get("edges") or []]
+                keys = ("id", "displayName", "description", "createdAt")
+                found += [View(*(str(node.get(key) or "") for key in keys)) for node in nodes]
+                further = page.get("pageInfo") or {}
+                before, cursor = cursor, further.get("endCursor")
+            except (TypeError, AttributeError, KeyError) as error:
+                raise Unavailable(f"{self.base_url} does not answer like a wandb server ({error!r})") from None
+            if not further.get("hasNextPage") or cursor in {None, before}:
+                return sorted(found, key=lambda view: view.created)
+
+    def redact(self, text: str) -> str:
+        """Take the key out of what somebody else wrote."""
+        return text.replace(self._auth[1], "[key]")
 
     def alert(self, project: str, entity: str, run_id: str, alert: Alert, timeout: float = 3.0) -> None:
         """Send an alert of a run."""

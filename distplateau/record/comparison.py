@@ -62,7 +62,7 @@ def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         If a run has no ledger, or the runs were decided by different metrics.
     """
     runs = ranked([load(run_dir) for run_dir in run_dirs])
-    folder = out or Path(os.path.commonpath([str(Path(run_dir).absolute().parent) for run_dir in run_dirs]))
+    folder = out or common_folder(run_dirs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for ending in ("svg", "png"):
@@ -73,6 +73,11 @@ def write_comparison(run_dirs: Sequence[Path], out: Path | None = None) -> Path:
         return partial.replace(path)
     except OSError as error:
         raise InputError(str(folder), f"cannot be written ({error.strerror})", "choose another with --out") from None
+
+
+def common_folder(run_dirs: Sequence[Path]) -> Path:
+    """Return the folder that all runs lie in."""
+    return Path(os.path.commonpath([str(Path(run_dir).absolute().parent) for run_dir in run_dirs]))
 
 
 def ranked(runs: Sequence[Compared]) -> list[Compared]:
@@ -128,9 +133,14 @@ def differing(runs: Sequence[Compared]) -> list[str]:
     return [key for key in different if not key.startswith(("run.name", "run.dir", "tracking."))][:_MOST_COLUMNS]
 
 
+def numbers_only(runs: Sequence[Compared], keys: Sequence[str]) -> list[str]:
+    """Return the settings that are a number in every run."""
+    return [key for key in keys if all(isinstance(run.settings.get(key), int | float) for run in runs)]
+
+
 def _figures(runs: Sequence[Compared], keys: Sequence[str]) -> str:
     figures = [("Curves", "curves", draw_curves(runs), draw_curves(runs, narrow=True))]
-    numeric = [key for key in keys if all(isinstance(run.settings.get(key), int | float) for run in runs)]
+    numeric = numbers_only(runs, keys)
     if numeric and len(runs) > 2:
         wide = draw_parallel(runs, numeric)
         figures.append(("Settings and what came of them", "parallel", wide, draw_parallel(runs, numeric, narrow=True)))
@@ -142,30 +152,39 @@ def _figures(runs: Sequence[Compared], keys: Sequence[str]) -> str:
 
 
 def _table(runs: Sequence[Compared], keys: Sequence[str], folder: Path) -> str:
-    monitor = next((run.monitor for run in runs if run.monitor), "best")
-    head = ["", "run", *keys, monitor, "at epoch", "epochs", "final LR", "reductions", "duration", "status"]
+    head = table_head(runs, keys)
     rows = "\n".join(_row(number, run, keys, folder) for number, run in enumerate(runs, start=1))
     cells = "".join(f"<th{' class=text' if name == 'run' else ''}>{escape(name)}</th>" for name in head)
     table = f"<table><thead><tr>{cells}</tr></thead><tbody>\n{rows}\n</tbody></table>"
     return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
-def _row(number: int, run: Compared, keys: Sequence[str], folder: Path) -> str:
+def table_head(runs: Sequence[Compared], keys: Sequence[str]) -> list[str]:
+    """Return the heads of the table's columns."""
+    monitor = next((run.monitor for run in runs if run.monitor), "best")
+    return ["", "run", *keys, monitor, "at epoch", "epochs", "final LR", "reductions", "duration", "status"]
+
+
+def table_cells(run: Compared, keys: Sequence[str]) -> list[str]:
+    """Return what the table says of a run, after its number and its name."""
     history, best = run.history, best_validation(run.history)
     last = history.validations[-1] if history.validations else None
-    link = os.path.relpath(history.run_dir.absolute() / "report.html", folder)
-    cells = [
-        str(number),
-        f'<a href="{escape(quote(Path(link).as_posix(), safe="/=,"))}">{escape(run.name)}</a>',
-        *(escape(_setting(run.settings.get(key))) for key in keys),
-        escape(metric_text(run.monitor, run.best)) if best else "-",
+    return [
+        *(_setting(run.settings.get(key)) for key in keys),
+        metric_text(run.monitor, run.best) if best else "-",
         short(best["epoch"]) if best else "-",
         short(last["epoch"]) if last else "-",
         rates_text(last["lr_after"]) if last else "-",
         str(run.reductions),
         duration(sum(event.get("seconds", 0.0) for event in history.validations)),
-        escape(status(history)[0]),
+        status(history)[0],
     ]
+
+
+def _row(number: int, run: Compared, keys: Sequence[str], folder: Path) -> str:
+    link = os.path.relpath(run.history.run_dir.absolute() / "report.html", folder)
+    name = f'<a href="{escape(quote(Path(link).as_posix(), safe="/=,"))}">{escape(run.name)}</a>'
+    cells = [str(number), name, *map(escape, table_cells(run, keys))]
     body = "".join(f"<td{' class=text' if place == 1 else ''}>{cell}</td>" for place, cell in enumerate(cells))
     return f"<tr{' class=best' if number == 1 else ''}>{body}</tr>"
 

@@ -89,7 +89,7 @@ def render(history: History) -> str:
         meta=escape(meta(history)),
         lead=escape(summarize(history)),
         warnings=_warnings_html(find_warnings(history)),
-        tiles="".join(_tile(*tile) for tile in _tiles(history)),
+        tiles="".join(_tile(*tile) for tile in tiles(history)),
         figures=_figures_html(history),
         changes=_changes_html(history),
         levels=_levels_html(history),
@@ -100,7 +100,8 @@ def render(history: History) -> str:
     )
 
 
-def _tiles(history: History) -> Iterable[tuple[str, str, str]]:
+def tiles(history: History) -> Iterable[tuple[str, str, str]]:
+    """Say what somebody looks for first: label, value and note of each figure."""
     validations, best = history.validations, best_validation(history)
     if validations:
         last, monitor = validations[-1], str(validations[-1]["monitor"])
@@ -186,28 +187,46 @@ def _table(head: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]], text:
     return f'<div class="scroll" tabindex="0">{table}</div>'
 
 
+def no_changes(history: History) -> str:
+    """Say that no change of the learning rate is listed, and why."""
+    every, name = lr_changes(history), schedule_name(history)
+    many = f"The {name} schedule changed it at {len(every)} of {plural(len(history.validations), 'validation')}."
+    return many if every else "There was none."
+
+
+def changes_head(changes: Sequence[LRChange]) -> list[str]:
+    """Return the heads of the columns of the table of changes."""
+    return ["validation", "learning rate", "", "epoch", "step", str(changes[0].event["monitor"]), "best", "why"]
+
+
 def _changes_html(history: History) -> str:
-    changes, every = marked_changes(history), lr_changes(history)
+    changes = marked_changes(history)
     if not changes:
-        name = schedule_name(history)
-        many = f"The {name} schedule changed it at {len(every)} of {plural(len(history.validations), 'validation')}."
-        return _paragraphs([many if every else "There was none."])
-    monitor = str(changes[0].event["monitor"])
-    head = ["validation", "learning rate", "", "epoch", "step", escape(monitor), "best", "why"]
+        return _paragraphs([no_changes(history)])
     rows = [("", _change_cells(change, history)) for change in changes]
-    return _table(head, rows, text=(7,))
+    return _table(list(map(escape, changes_head(changes))), rows, text=(7,))
 
 
 def _change_cells(change: LRChange, history: History) -> list[str]:
-    event, monitor = change.event, change.event["monitor"]
+    way = "<br>".join(f"{before} → <strong>{after}</strong>" for before, after in ways(change))
+    number, *others, why = change_texts(change, history)
+    return [number, way, _kind(change.kind, change.label), *others, escape(why)]
+
+
+def ways(change: LRChange) -> list[tuple[str, str]]:
+    """Return the learning rate before and after, group by group where they are few."""
     pairs = [(change.before, change.after)]
     if len(change.after) <= MAX_GROUPS_NAMED:
         pairs = [([before], [after]) for before, after in zip(change.before, change.after, strict=True)]
-    way = "<br>".join(f"{rates_text(before)} → <strong>{rates_text(after)}</strong>" for before, after in pairs)
-    place = [short(event["epoch"]), f"{event['step']:,}"]
+    return [(rates_text(before), rates_text(after)) for before, after in pairs]
+
+
+def change_texts(change: LRChange, history: History) -> list[str]:
+    """Return what the table says of a change beside the learning rates themselves."""
+    event, monitor = change.event, change.event["monitor"]
+    place = [str(event["validation"]), short(event["epoch"]), f"{event['step']:,}"]
     compared = [metric_text(monitor, event["value"]), metric_text(monitor, event["best"])]
-    decided = _kind(change.kind, change.label)
-    return [str(event["validation"]), way, decided, *place, *compared, escape(reason(change, history))]
+    return [*place, *compared, reason(change, history)]
 
 
 def _levels_html(history: History) -> str:
@@ -263,11 +282,12 @@ def _kind(kind: str, text: str | None = None) -> str:
     return f'<span class="kind {escape(str(kind))}">{escape(str(kind if text is None else text))}</span>'
 
 
-def _facts_html(history: History) -> str:
+def facts(history: History) -> dict[str, str]:
+    """Return where and on what a run was made."""
     start = history.start
     samples, versions = start.get("samples") or {}, start.get("versions") or {}
     classes = ", ".join(map(str, start.get("classes") or []))
-    facts = {
+    found = {
         "Host": start.get("hostname"),
         "Slurm job": start.get("slurm_job_id"),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -275,7 +295,11 @@ def _facts_html(history: History) -> str:
         "Images": f" {TIMES_SIGN} ".join(map(str, start.get("image_shape") or [])),
         "Classes": f"{start.get('num_classes', '?')}: {classes}" if classes else None,
     }
-    rows = (f"<dt>{escape(key)}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items() if value)
+    return {key: str(value) for key, value in found.items() if value}
+
+
+def _facts_html(history: History) -> str:
+    rows = (f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in facts(history).items())
     return f'<dl class="facts">{"".join(rows)}</dl>'
 
 

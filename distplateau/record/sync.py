@@ -82,7 +82,7 @@ def sync(run_dirs: Sequence[str | Path], say: Callable[[Outcome], None] = lambda
         For a folder that is no run, and without an API key; before anything is sent.
     """
     histories = [read_ledger(run_dir) for run_dir in run_dirs]
-    jobs = [_job(history) for history in histories]
+    jobs = [describe(history) for history in histories]
     backend = connect()
     if backend is None:
         raise InputError("WANDB_API_KEY", "there is no API key", "run `wandb login`, or set WANDB_API_KEY")
@@ -127,8 +127,14 @@ def _sync_run(backend: Backend, whole: History, job: Job, outcome: Outcome) -> N
             _mark_segments(folder, job.run_id)
 
 
-def _job(history: History) -> Job:
-    """Describe the upload from what the run folder says."""
+def describe(history: History) -> Job:
+    """Describe the upload from what the run folder says.
+
+    Raises
+    ------
+    InputError
+        If the folder has no configuration that can be read, or its ledger names no run id.
+    """
     path = history.run_dir / "config.toml"
     try:
         config = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -84,3 +84,9 @@ def when(event: Event) -> str:
         return f"{datetime.fromtimestamp(event['time'], UTC):%Y-%m-%d %H:%M} UTC"
     except (KeyError, TypeError, ValueError, OverflowError, OSError):
         return ""
+
+
+def plain(text: str) -> str:
+    """Return text on one line that UTF-8 can carry: a run name may hold half of a surrogate pair, or line breaks."""
+    whole = str(text).encode("utf-8", "replace").decode("utf-8")
+    return "".join(char if char.isprintable() or char == "\N{NO-BREAK SPACE}" else " " for char in whole)
