@@ -165,6 +165,18 @@ def test_a_wandb_service_of_the_training_script_is_left_alone(tmp_path, monkeypa
     assert [row["epoch"] for row in history(recorder.run_dir)] == [1.0]
 
 
+def test_nothing_stays_in_the_folder_for_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    recorder = Recorder(tmp_path)
+    mirror = open_mirror(recorder.config, RUN_ID)
+    recorder.validate(1)
+    mirror.catch_up(1)
+    mirror.finish()
+    assert len(history(recorder.run_dir)) == 1
+    assert not [path.name for path in (tmp_path / "tmp").iterdir() if "socket" not in path.name]
+
+
 def test_what_no_checkpoint_covers_is_not_sent(tmp_path):
     recorder = Recorder(tmp_path)
     mirror = open_mirror(recorder.config, RUN_ID)

@@ -40,7 +40,11 @@ _MAX_TITLE = 128
 NOTE = "wandb-report.json"
 # Seconds for the client to save a report: its start takes up to 10 on a busy machine.
 _SAVE_LIMIT = 60.0
-_COMMAND = "import sys; sys.path.append({folder!r}); from distplateau.record.hosted_page import main; main()"
+_COMMAND = (
+    # The client makes folders at import that only an orderly end of the interpreter would remove.
+    "import os, sys, tempfile; tempfile.tempdir = os.getcwd(); sys.path.append({folder!r}); "
+    "from distplateau.record.hosted_page import main; main()"
+)
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,7 @@ def _save(backend: Backend, request: dict[str, Any]) -> str:
     """Save a report with the real client, in a process that is ended if it hangs; return the report's id."""
     with tempfile.TemporaryDirectory(prefix="distplateau-report-", ignore_cleanup_errors=True) as folder:
         answer = Path(folder, "answer.json")
+        environment = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         with Path(folder, "log").open("wb") as log:
             # Files, not pipes: the client's service holds them open for a while after the client has gone.
             process = subprocess.Popen(
@@ -185,7 +190,7 @@ def _save(backend: Backend, request: dict[str, Any]) -> str:
                 stdout=log,
                 stderr=log,
                 cwd=folder,
-                env={**os.environ, "WANDB_DIR": folder, "WANDB_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"},
+                env={**environment, "WANDB_DIR": folder, "WANDB_CACHE_DIR": folder, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,
             )
             try:

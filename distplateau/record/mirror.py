@@ -15,8 +15,10 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from dataclasses import asdict, dataclass, field
@@ -466,6 +468,8 @@ def main() -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
     job = Job(**json.loads(next(commands)))
+    # The client makes folders at import that only an orderly end of the interpreter would remove.
+    tempfile.tempdir = tempfile.mkdtemp(prefix="distplateau-mirror-")
     code = 0
     try:
         serve(job, iter(commands), tell)
@@ -474,5 +478,6 @@ def main() -> None:
         what = " ".join(str(error).split()) or type(error).__name__
         tell(what if job.mode == "upload" else f"{job.tracker}: {what}; {job.advice}")
         code = 1
+    shutil.rmtree(tempfile.tempdir, ignore_errors=True)
     sys.stderr.flush()
     os._exit(code)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 # A slot: small enough to stay in a cache, large enough that two barriers of some 50 us do not matter.
 _SLOT_BYTES = 4 << 20
-_SETUP_SECONDS = 20.0
+_SETUP_SECONDS = 10.0
 _TOKEN_BYTES = 16
 
 
