@@ -7,6 +7,7 @@ the batches before it, so a run resumes at any step without reading what it skip
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import operator
 import os
@@ -219,7 +220,7 @@ class StreamedSplit:
         return self._iterate(_Requests(slices, seeds, self.indices), device)
 
     def _iterate(self, requests: _Requests, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-        iterator = iter(self._loader(requests, pin=device.type == "cuda"))
+        iterator = _start(self._loader(requests, pin=device.type == "cuda"))
         try:
             for _ in range(len(requests)):
                 inputs, labels = self._next(iterator)
@@ -355,6 +356,19 @@ def repeatable(seed: int) -> Iterator[None]:
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
         torch.set_num_threads(threads)
+
+
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers; they leave what this process had alone.
+
+    Their garbage collector would find what this one was yet to collect: the process group and the threads of a model
+    that was trained before, whose ends in a fork are a segmentation fault.
+    """
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _start_worker(parent: int, _worker: int) -> None:

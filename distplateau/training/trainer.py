@@ -6,27 +6,22 @@ Everything that can be wrong in the configuration is found in `setup`, before th
 from __future__ import annotations
 
 import math
-import os
-import platform
-import socket
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor
 
-import distplateau
-from distplateau.config import Config, dump_config, interval_in_steps
+from distplateau.config import Config, interval_in_steps
 from distplateau.errors import InputError
 from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record.ledger import Event, History, Ledger, read_ledger
-from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
+from distplateau.record.tracking import new_run_id
+from distplateau.training import journal
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
 from distplateau.training.exchange import share_gradients
@@ -48,6 +43,7 @@ if TYPE_CHECKING:
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
+    from distplateau.record.ledger import Event
 
 
 @dataclass
@@ -148,7 +144,7 @@ class Trainer:
         self.best = Best(math.inf if config.schedule.resolved_mode == "min" else -math.inf)
         self.reductions = 0
         self.run_id = new_run_id()
-        self.mirror: Mirror = NoMirror()
+        self.journal = journal.Journal(config)
         self.checkpoints = CheckpointFolder(config.run_dir, config.checkpoint.keep)
         self.validate_every = interval_in_steps(config.training.validate_every, parts.length.steps_per_epoch)
         self.checkpoint_every = (
@@ -170,7 +166,7 @@ class Trainer:
         """Train to the end."""
         resumed = self._resume()
         if self.main:
-            self._open_record(resumed)
+            self._open_journal(resumed)
         progress = ProgressReport(
             self.config,
             main=self.main,
@@ -187,7 +183,7 @@ class Trainer:
             finally:
                 self._writer.close()
                 if self.main:
-                    self.mirror.finish()
+                    self.journal.close()
             # A launcher that sees a rank leave may end the others: nobody leaves before everything is written.
             self.accelerator.wait_for_everyone()
             if self._failure is not None:
@@ -254,7 +250,7 @@ class Trainer:
             if self._failure is not None:
                 raise self._failure
             epoch = self.step / self.length.steps_per_epoch
-            self.ledger.append("interrupted", reason=reason, step=self.step, epoch=epoch)
+            self.journal.interrupted(reason, self.step, epoch)
         raise Interrupted(reason, self.step)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -301,7 +297,7 @@ class Trainer:
         self._validated_at, self._nonfinite = self.step, None
         self.train_step.restart()
         if self.main:
-            self._attempt(lambda: self.ledger.append("validation", **event))
+            self._attempt(lambda: self.journal.validation(event))
             if improved and not self._checkpoint_is_due():
                 self._attempt(self._save_best)
         return event
@@ -423,12 +419,12 @@ class Trainer:
         if wait:
             self._writer.wait()
             self.checkpoints.save(checkpoint, step)
-            self.mirror.catch_up(validations)
+            self.journal.mirror(validations)
         else:
             self._writer.submit(
                 vars(checkpoint),
                 lambda copied: self.checkpoints.save(Checkpoint(**copied), step),
-                lambda: self.mirror.catch_up(validations),
+                lambda: self.journal.mirror(validations),
             )
 
     def _unfinished(self) -> Unfinished:
@@ -484,82 +480,37 @@ class Trainer:
         self._nonfinite = state.get("nonfinite")
         return checkpoint
 
-    def _open_record(self, resumed: Checkpoint | None) -> None:
-        """Write the configuration and the first event, open the mirror. Main rank."""
-        run_dir = self.config.run_dir
-        before = _read_history(run_dir)
-        self.ledger = Ledger(run_dir)
-        last_validation = 0
+    def _open_journal(self, resumed: Checkpoint | None) -> None:
+        """Write down that the run begins or goes on. Main rank."""
         if resumed is not None:
             self.checkpoints.restore_best(resumed)
-            last_validation = int(resumed.state["validations"])
-        is_over = before is not None and before.finished is not None and self._end() is not None
-        if not is_over:
-            (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
-        circumstances = {**self._circumstances(), **self._settings()}
-        if before is None or not before.start:
-            self.ledger.append("start", run=self.config.run.name, **circumstances, **self._description())
-        if (before is not None or resumed is not None) and not is_over:
-            position = {"last_validation": last_validation, "step": self.step, **self._lagging_schedule()}
-            self.ledger.append("resumed", **position, **circumstances, lr=self.scheduler.get_last_lr())
-        self.mirror = open_mirror(self.config, self.run_id)
-
-    def _circumstances(self) -> dict[str, Any]:
-        return {
-            "world_size": self.world_size,
-            "device": _device_name(self.device),
-            "hostname": socket.gethostname(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "distplateau": distplateau.__version__,
-            },
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
-            "slurm_nodes": os.environ.get("SLURM_JOB_NODELIST"),
-            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", "0")),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """Return what the decisions follow from; a run that is resumed may have been given other settings."""
-        section, rule = self.config.schedule, self.scheduler.schedule.rule
-        return {
-            "monitor": section.monitor,
-            "schedule": {
-                "name": section.name,
-                "rule": {name: getattr(rule, name) for name in PlateauRule.__slots__},
-                "args": section.args,
-                "total_steps": self.length.total_steps,
-                "steps_per_epoch": self.length.steps_per_epoch,
-            },
-            "lrs": self.scheduler.state.lrs,
-            "samples": {
-                "train": len(self.data.train),
-                "validation": len(self.data.validation),
-                "test": len(self.data.test),
-            },
-        }
+        validations = 0 if resumed is None else int(resumed.state["validations"])
+        position = {"last_validation": validations, "step": self.step, **self._lagging_schedule()}
+        where = journal.circumstances(self.world_size, self.device)
+        self.journal.open(
+            self.run_id,
+            facts={**where, **journal.settings(self.config, self.scheduler, self.length, self.data)},
+            description=journal.description(self.data, self._parameters),
+            position={**position, "lr": self.scheduler.get_last_lr()},
+            resumed=resumed is not None,
+            ended=self._end() is not None,
+        )
 
     def _lagging_schedule(self) -> dict[str, int]:
         """Return the schedule's own step where a gradient scaler left out steps of the optimizer."""
         step = self.scheduler.state.step
         return {} if step == self.step else {"schedule_step": step}
 
-    def _description(self) -> dict[str, Any]:
-        return {
-            "image_shape": self.data.train.shape,
-            "num_classes": self.data.num_classes,
-            "classes": self.data.classes,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
-            "run_id": self.run_id,
-        }
+    @property
+    def _parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def _announce(self, progress: ProgressReport, resumed: Checkpoint | None) -> None:
-        parameters = sum(p.numel() for p in self.model.parameters())
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         progress.say(
-            f"{self.config.run.name}: {self.config.model.name} with {parameters:,} parameters on {self.data.name} "
-            f"({len(self.data.train):,} training, {len(self.data.validation):,} validation samples), "
-            f"{ranks} on {_device_name(self.device)}, {self.config.schedule.name} schedule"
+            f"{self.config.run.name}: {self.config.model.name} with {self._parameters:,} parameters "
+            f"on {self.data.name} ({len(self.data.train):,} training, {len(self.data.validation):,} validation "
+            f"samples), {ranks} on {journal.device_name(self.device)}, {self.config.schedule.name} schedule"
         )
         for key in self.config.schedule.without_effect:
             progress.say(f"schedule.{key} has no effect on the {self.config.schedule.name} schedule", "yellow")
@@ -571,7 +522,7 @@ class Trainer:
         self._attempt(self._writer.wait)
         if self._failure is not None:
             return
-        if self.main and read_ledger(self.config.run_dir).finished is None:
+        if self.main:
             self._attempt(self._record_end)
         progress.say(
             f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
@@ -579,8 +530,7 @@ class Trainer:
         )
 
     def _record_end(self) -> None:
-        self.ledger.append(
-            "finished",
+        self.journal.finished(
             epoch=self.step / self.length.steps_per_epoch,
             step=self.step,
             validations=self.scheduler.state.validations,
@@ -589,7 +539,6 @@ class Trainer:
             best_step=self.best.step,
             reductions=self.reductions,
             ended_after=self._end(),
-            seconds=_training_seconds(read_ledger(self.config.run_dir).validations),
         )
 
 
@@ -609,21 +558,3 @@ class _Clock:
     def read(self) -> tuple[float, float]:
         now = time.perf_counter()
         return max(self._train_end - self._start, 1e-9), now - self._start
-
-
-def _read_history(run_dir: Path) -> History | None:
-    """Return what the ledger holds, None if there is none or nothing in it can be read."""
-    try:
-        return read_ledger(run_dir)
-    except InputError:
-        return None
-
-
-def _training_seconds(validations: list[Event]) -> float:
-    return round(sum(event.get("seconds", 0.0) for event in validations), 3)
-
-
-def _device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU" if device.type == "cpu" else str(device)
-    )
