@@ -167,7 +167,9 @@ def _unpadded(values: Values) -> int | None:
     ``max(0, min(b, real - r * b))`` of them.
     """
     state = sys.modules.get("accelerate.state")
-    if state is None or not state.GradientState._shared_state:
+    shared = {} if state is None else state.GradientState._shared_state
+    # Made for every batch: outside of a prepared loader, whose list of loaders has the one entry None, a look suffices.
+    if state is None or not shared or len(shared.get("_dataloader_references_ref", ())) == 1:
         return None
     gradient = state.GradientState()
     if not gradient.end_of_dataloader:
