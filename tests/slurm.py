@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,19 @@ class LocalCluster:
     def tool(self, *arguments: str) -> subprocess.CompletedProcess:
         command = [SCRIPT, "--dir", self.folder, *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    @contextmanager
+    def setting(self, line: str) -> Iterator[None]:
+        """Run with one more line in slurm.conf."""
+        path = self.folder / "slurm.conf"
+        before = path.read_text()
+        try:
+            path.write_text(f"{before}\n{line}\n")
+            self.run("scontrol", "reconfigure")
+            yield
+        finally:
+            path.write_text(before)
+            self.run("scontrol", "reconfigure")
 
     def sbatch(self, script: str, *options: str, cwd: Path) -> str:
         said = self.run("sbatch", *options, input=f"#!/bin/bash\n{script}\n", cwd=cwd)
