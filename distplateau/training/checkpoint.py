@@ -212,9 +212,18 @@ class CheckpointFolder:
                 one.path.rename(aside)
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
-        """Put the best weights back as they were at the checkpoint: later ones belong to work that is done again."""
+        """Put the best weights back as they were at the checkpoint: later ones belong to work that is done again.
+
+        Raises
+        ------
+        InputError
+            If they cannot be written.
+        """
         assert checkpoint.path is not None
-        self._publish_best(checkpoint.path)
+        try:
+            self._publish_best(checkpoint.path)
+        except _WRITE_ERRORS as error:
+            raise self._no_best(error) from error
 
     def save_best(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write the run's best weights without a checkpoint.
@@ -224,12 +233,15 @@ class CheckpointFolder:
         InputError
             If they cannot be written.
         """
-        path = self.run_dir / _MODEL
         try:
-            save_weights(path, weights, metadata)
+            save_weights(self.run_dir / _MODEL, weights, metadata)
         except _WRITE_ERRORS as error:
-            problem = f"the best weights cannot be written ({_reason(error, path.parent)})"
-            raise InputError(str(path), problem, "free space or fix the permissions and start again") from error
+            raise self._no_best(error) from error
+
+    def _no_best(self, error: Exception) -> InputError:
+        problem = f"the best weights cannot be written ({_reason(error, self.run_dir)})"
+        fix = "free space or fix the permissions and start again"
+        return InputError(str(self.run_dir / _MODEL), problem, fix)
 
     def _publish_best(self, folder: Path) -> None:
         best = folder / _BEST

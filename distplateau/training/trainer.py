@@ -25,10 +25,10 @@ from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record.ledger import Event, History, Ledger, read_ledger
+from distplateau.record.ledger import Event, History, Ledger, read_ledger, sealed_run_id
 from distplateau.record.tracking import Mirror, NoMirror, new_run_id, open_mirror
 from distplateau.training.averaging import WeightAverage
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError, Rejected, replace_file, step_of
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
 from distplateau.training.processes import repeatable_kernels, start_accelerator
@@ -56,6 +56,11 @@ class Best:
     value: float
     validation: int = 0
     step: int = 0
+
+
+# What the state of a checkpoint holds; None may stand in the place of the optional ones.
+_STATE: dict[str, type] = {"step": int, "validations": int, "reductions": int, "run_id": str, "scheduler": dict}
+_OPTIONAL_STATE: dict[str, type] = {"scaler": dict, "train_loss": dict, "nonfinite": dict}
 
 
 @dataclass
@@ -160,6 +165,7 @@ class Trainer:
         self._writer = BackgroundWriter(self.device)
         self._failure: InputError | None = None
         self._saved_time = time.monotonic()
+        self._submitted_step = -1
         self._validated_at = 0
         self._nonfinite: dict[str, int] | None = None
         self._clock = _Clock()
@@ -168,7 +174,9 @@ class Trainer:
         """Train to the end."""
         resumed = self._resume()
         if self.main:
-            self._open_record(resumed)
+            self._attempt(lambda: self._open_record(resumed))
+        if any(gather_object([self._failure is not None])):
+            self._fail()
         progress = ProgressReport(
             main=self.main,
             total_steps=self.length.total_steps,
@@ -244,13 +252,13 @@ class Trainer:
     def _interrupt(self, reason: str) -> NoReturn:
         """Save in the middle of an epoch, so that the run goes on with the same bits, and leave. Collective."""
         self._save(wait=True)
-        # A launcher that sees one rank leave may end the others: nobody leaves before the checkpoint is whole.
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            if self._failure is not None:
-                raise self._failure
+        # A launcher that sees one rank leave may end the others: nobody leaves before all is written.
+        if self.main and self._failure is None:
             epoch = self.step / self.length.steps_per_epoch
-            self.ledger.append("interrupted", reason=reason, step=self.step, epoch=epoch)
+            self._attempt(lambda: self.ledger.append("interrupted", reason=reason, step=self.step, epoch=epoch))
+        self.accelerator.wait_for_everyone()
+        if self._failure is not None:
+            raise self._failure
         raise Interrupted(reason, self.step)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -418,7 +426,9 @@ class Trainer:
         step, validations = self.step, self.scheduler.state.validations
         if wait:
             self._writer.wait()
-            self.checkpoints.save(checkpoint, step)
+            # One of this step may be there already, and to replace it would leave a moment without it.
+            if self._submitted_step != step:
+                self.checkpoints.save(checkpoint, step)
             self.mirror.catch_up(validations)
         else:
             self._writer.submit(
@@ -426,6 +436,7 @@ class Trainer:
                 lambda copied: self.checkpoints.save(Checkpoint(**copied), step),
                 lambda: self.mirror.catch_up(validations),
             )
+            self._submitted_step = step
 
     def _unfinished(self) -> Unfinished:
         """Gather what the ranks hold since the last validation. Collective."""
@@ -454,18 +465,64 @@ class Trainer:
         return Checkpoint(self._weights(), optimizer, state, self._average_weights(), unfinished.buffers, best)
 
     def _resume(self) -> Checkpoint | None:
-        """Continue from the newest checkpoint that is whole. Every rank reads it."""
-        checkpoint, rejected = self.checkpoints.load_newest()
+        """Continue from the newest checkpoint that is whole and this run's. Every rank reads it. Collective.
+
+        Raises
+        ------
+        InputError
+            If there is none but those of other runs, or the ranks do not find the same ones.
+        """
+        expected = sealed_run_id(self.config.run_dir)
+
+        def apply(checkpoint: Checkpoint) -> None:
+            _check_state(checkpoint.state)
+            found = checkpoint.state["run_id"]
+            if expected is not None and found != expected:
+                raise MisfitError(f"it is of run {found}, this one is {expected}")
+            self._restore(checkpoint)
+
+        checkpoint, rejected = self.checkpoints.load_newest(apply)
+        steps = self._found_steps(checkpoint)
+        if len(set(steps)) > 1 and min(steps) >= 0:  # not every rank can read the newest one
+            checkpoint, rejected = self.checkpoints.load_newest(apply, upto=min(steps))
+            steps = self._found_steps(checkpoint)
+        self._check_found(steps, rejected)
         for one in rejected if self.main else ():
             self.accelerator.print(f"checkpoint {one.path} is passed over: {one.reason}")
+        if self.main:
+            self.checkpoints.set_aside(rejected)
         if checkpoint is None:
-            return None
+            # Those of the work before are lost, the run is the same.
+            self.run_id = expected or self.run_id
+        elif checkpoint.state["train_loss"] and self.main:
+            self.train_step.train_loss.absorb(Partial(**checkpoint.state["train_loss"]))
+        return checkpoint
+
+    def _found_steps(self, checkpoint: Checkpoint | None) -> list[int]:
+        """Return the step of each rank's checkpoint, -1 for none. Collective."""
+        assert checkpoint is None or checkpoint.path is not None
+        return gather_object([-1 if checkpoint is None or checkpoint.path is None else step_of(checkpoint.path)])
+
+    def _check_found(self, steps: list[int], rejected: list[Rejected]) -> None:
+        """Refuse to go on from different places, or anew where there is work of another run."""
+        folder = str(self.checkpoints.path)
+        if len(set(steps)) > 1:
+            found = ", ".join(f"rank {rank}: {step if step >= 0 else 'none'}" for rank, step in enumerate(steps))
+            problem = f"does not hold the same checkpoints for all ranks ({found})"
+            raise InputError(folder, problem, "use a run.dir that all nodes share")
+        strangers = [one for one in rejected if one.whole]
+        if steps[0] < 0 and strangers:
+            problem = (
+                f"holds only checkpoints that are not of this run ({strangers[0].path.name}: {strangers[0].reason})"
+            )
+            raise InputError(folder, problem, "remove them, or choose another run.name")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over everything but the losses since the last validation, which would be added twice."""
         state = checkpoint.state
         self.network.load_state_dict(dict(checkpoint.model))
         if len(checkpoint.buffers) == self.world_size:
             self.network.load_state_dict(dict(checkpoint.buffers[self.rank]), strict=False)
-        if state.get("train_loss") and self.main:
-            self.train_step.train_loss.absorb(Partial(**state["train_loss"]))
         if self.average:
             self.average.network.load_state_dict(dict(checkpoint.average or checkpoint.model))
         if self.config.schedule.restore_best:
@@ -477,8 +534,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.reductions, self.run_id = state["step"], state["reductions"], state["run_id"]
         self.best = Best(**state["best"])
-        self._nonfinite = state.get("nonfinite")
-        return checkpoint
+        self._nonfinite = state["nonfinite"]
 
     def _open_record(self, resumed: Checkpoint | None) -> None:
         """Write the configuration and the first event, open the mirror. Main rank."""
@@ -491,7 +547,7 @@ class Trainer:
             last_validation = int(resumed.state["validations"])
         is_over = before is not None and before.finished is not None and self._end() is not None
         if not is_over:
-            (run_dir / "config.toml").write_text(dump_config(self.config), encoding="utf-8")
+            self._write_config()
         circumstances = {**self._circumstances(), **self._settings()}
         if before is None or not before.start:
             self.ledger.append("start", run=self.config.run.name, **circumstances, **self._description())
@@ -499,6 +555,16 @@ class Trainer:
             position = {"last_validation": last_validation, "step": self.step, **self._lagging_schedule()}
             self.ledger.append("resumed", **position, **circumstances, lr=self.scheduler.get_last_lr())
         self.mirror = open_mirror(self.config, self.run_id)
+
+    def _write_config(self) -> None:
+        """Write the configuration whole or not at all: with half of it the run would be refused as another one."""
+        path, text = self.config.run_dir / "config.toml", dump_config(self.config)
+        try:
+            if not path.exists() or path.read_bytes() != text.encode():
+                replace_file(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            fix = "free space or fix the permissions and start again"
+            raise InputError(str(path), f"cannot be written ({error.strerror or error})", fix) from error
 
     def _circumstances(self) -> dict[str, Any]:
         return {
@@ -605,6 +671,23 @@ class _Clock:
     def read(self) -> tuple[float, float]:
         now = time.perf_counter()
         return max(self._train_end - self._start, 1e-9), now - self._start
+
+
+def _check_state(state: dict[str, Any]) -> None:
+    """Refuse what is no state of a run before any of it is used."""
+    for key, kind in _STATE.items():
+        if not isinstance(state.get(key), kind):
+            raise MisfitError(f"its state has no {key}")
+    for key, kind in _OPTIONAL_STATE.items():
+        if key not in state or not isinstance(state[key], kind | None):
+            raise MisfitError(f"its state has no {key}")
+    best = Best(**state["best"])
+    if not isinstance(best.value, float) or not isinstance(best.validation, int) or not isinstance(best.step, int):
+        raise MisfitError("its state has no best")
+    if state["train_loss"] is not None:
+        GlobalMean().absorb(Partial(**state["train_loss"]))
+    if state["nonfinite"] is not None and state["nonfinite"].keys() != {"step", "rank"}:
+        raise MisfitError("its state has no nonfinite")
 
 
 def _read_history(run_dir: Path) -> History | None:
