@@ -103,8 +103,11 @@ class Ledger:
 
     def __init__(self, run_dir: Path) -> None:
         self.path = run_dir / FILE_NAME
-        self._end_torn_line()
-        lines = read_lines(self.path) if self.path.exists() else []
+        try:
+            self._end_torn_line()
+            lines = read_lines(self.path) if self.path.exists() else []
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
         self._last_seal = next((line.seal for line in reversed(lines) if line.event and line.seal), "")
 
     def append(self, event: str, **fields: Any) -> Event:
@@ -124,8 +127,7 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            problem = f"cannot be written ({error.strerror or error})"
-            raise InputError(str(self.path), problem, "free space or fix the permissions and start again") from error
+            raise _unwritable(self.path, error) from error
         self._last_seal = own
         return line
 
@@ -229,16 +231,33 @@ def read_ledger(run_dir: str | Path) -> History:
     return History(run_dir, events, [line.number for line in lines if line.event is None])
 
 
+def sealed_run_id(run_dir: Path) -> str | None:
+    """Return the id that the run was started with, None if the ledger does not say so beyond doubt."""
+    try:
+        first = read_lines(run_dir / FILE_NAME)[0]
+    except (OSError, IndexError):
+        return None
+    if first.event is None or first.event["event"] != "start" or first.seal != seal("", first.content):
+        return None
+    run_id = first.event.get("run_id")
+    return run_id if isinstance(run_id, str) else None
+
+
 def read_lines(path: Path) -> list[Line]:
     """Read every line of a ledger that is not empty, superseded ones as well."""
     texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
     return [Line(number, text, _event(text)) for number, text in enumerate(texts, start=1) if text]
 
 
+def _unwritable(path: Path, error: OSError) -> InputError:
+    problem = f"cannot be written ({error.strerror or error})"
+    return InputError(str(path), problem, "free space or fix the permissions and start again")
+
+
 def _event(text: str) -> Event | None:
     try:
         event = decode(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     event.pop("seal", None)
     return event

@@ -7,11 +7,13 @@ renamed; a manifest holds the SHA-256 of its files. Weights are safetensors, the
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,7 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT = 1
-_WRITE_ERRORS = (OSError, RuntimeError, safetensors.SafetensorError)  # torch raises RuntimeError
+_WRITE_ERRORS = (OSError, MemoryError, RuntimeError, safetensors.SafetensorError)  # torch raises RuntimeError
+# What applying the contents of a checkpoint to another model, optimizer or version raises.
+_MISFIT_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_NAME = re.compile(r"step-(\d+)")
 _FULL_BYTES = 2**20
 _MODEL, _OPTIMIZER, _STATE, _BEST, _AVERAGE, _BUFFERS, _MANIFEST = (
     "model.safetensors",
@@ -87,10 +92,21 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A checkpoint that was passed over, and why."""
+    """A checkpoint that was passed over, and why.
+
+    Parameters
+    ----------
+    whole
+        Whether it is as it was written, but belongs elsewhere.
+    """
 
     path: Path
     reason: str
+    whole: bool = False
+
+
+class MisfitError(Exception):
+    """A checkpoint is whole and of another run."""
 
 
 class CheckpointFolder:
@@ -124,6 +140,7 @@ class CheckpointFolder:
         try:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
+            _sync(self.run_dir)
             self._write_files(checkpoint, unfinished)
             _sync(unfinished)
             if final.exists():
@@ -137,27 +154,76 @@ class CheckpointFolder:
             shutil.rmtree(unfinished, ignore_errors=True)
             fix = "free space or fix the permissions and start again; older checkpoints are whole"
             raise InputError(str(self.path), problem, fix) from error
-        self._prune()
+        self._prune(step)
         return final
 
-    def load_newest(self) -> tuple[Checkpoint | None, list[Rejected]]:
-        """Return the newest checkpoint that is whole, and those that were passed over with the reason."""
+    def load_newest(
+        self, apply: Callable[[Checkpoint], object] = lambda _: None, upto: int | None = None
+    ) -> tuple[Checkpoint | None, list[Rejected]]:
+        """Return the newest checkpoint that is whole and fits, and those that were passed over with the reason.
+
+        Parameters
+        ----------
+        apply
+            Continues from the checkpoint. If it raises, the checkpoint is passed over as one of another run.
+        upto
+            Look no further than at this step.
+
+        Raises
+        ------
+        InputError
+            If a checkpoint may not be read.
+        """
         rejected = []
         for path in reversed(self.all()):
+            if upto is not None and step_of(path) > upto:
+                continue
             try:
-                return _read(path), rejected
+                checkpoint = _read(path)
+                apply(checkpoint)
             except _DamagedError as error:
                 rejected.append(Rejected(path, str(error)))
+            except MisfitError as error:
+                rejected.append(Rejected(path, str(error), whole=True))
+            except (InputError, torch.OutOfMemoryError):
+                raise
+            except _MISFIT_ERRORS as error:
+                said = " ".join(str(error).split())[:200]
+                reason = f"it does not fit this run ({type(error).__name__}: {said})"
+                rejected.append(Rejected(path, reason, whole=True))
+            else:
+                return checkpoint, rejected
         return None, rejected
 
     def all(self) -> list[Path]:
-        """Return all checkpoint folders, oldest first."""
-        return sorted(path for path in self.path.glob("step-*") if path.is_dir())
+        """Return all checkpoint folders, oldest first; what somebody else put beside them is none."""
+        found = (path for path in self.path.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+        return sorted(found, key=step_of)
+
+    def set_aside(self, rejected: Sequence[Rejected]) -> None:
+        """Rename those that were passed over: they must not count among the newest that stay. Main rank.
+
+        Nothing is deleted, for they may be somebody's.
+        """
+        for one in rejected:
+            aside = one.path.with_name(f"passed-over-{one.path.name}")
+            with contextlib.suppress(OSError):
+                shutil.rmtree(aside, ignore_errors=True)
+                one.path.rename(aside)
 
     def restore_best(self, checkpoint: Checkpoint) -> None:
-        """Put the best weights back as they were at the checkpoint: later ones belong to work that is done again."""
+        """Put the best weights back as they were at the checkpoint: later ones belong to work that is done again.
+
+        Raises
+        ------
+        InputError
+            If they cannot be written.
+        """
         assert checkpoint.path is not None
-        self._publish_best(checkpoint.path)
+        try:
+            self._publish_best(checkpoint.path)
+        except _WRITE_ERRORS as error:
+            raise self._no_best(error) from error
 
     def save_best(self, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         """Write the run's best weights without a checkpoint.
@@ -167,24 +233,28 @@ class CheckpointFolder:
         InputError
             If they cannot be written.
         """
-        path = self.run_dir / _MODEL
         try:
-            save_weights(path, weights, metadata)
+            save_weights(self.run_dir / _MODEL, weights, metadata)
         except _WRITE_ERRORS as error:
-            problem = f"the best weights cannot be written ({_reason(error, path.parent)})"
-            raise InputError(str(path), problem, "free space or fix the permissions and start again") from error
+            raise self._no_best(error) from error
+
+    def _no_best(self, error: Exception) -> InputError:
+        problem = f"the best weights cannot be written ({_reason(error, self.run_dir)})"
+        fix = "free space or fix the permissions and start again"
+        return InputError(str(self.run_dir / _MODEL), problem, fix)
 
     def _publish_best(self, folder: Path) -> None:
         best = folder / _BEST
         if best.exists():
-            _replace(self.run_dir / _MODEL, lambda path: _link(best, path))
+            replace_file(self.run_dir / _MODEL, lambda path: shutil.copyfile(best, path))
 
     def _write_files(self, checkpoint: Checkpoint, folder: Path) -> None:
         """Write each file in a thread of its own: writing, flushing and hashing do not hold Python's lock."""
         files = _files(checkpoint)
         best = self.run_dir / _MODEL
-        if checkpoint.best is None and best.exists():
-            files[_BEST] = partial(_link, best)
+        if checkpoint.best is None and checkpoint.state["best"]["validation"] and best.exists():
+            # No link: one bad block, or somebody who writes into the run's model.safetensors, would damage them all.
+            files[_BEST] = partial(shutil.copyfile, best)
         with ThreadPoolExecutor(len(files)) as pool:
             digests = pool.map(lambda name: _write_and_digest(files[name], folder / name), files)
             manifest = dict(zip(files, digests, strict=True))
@@ -194,8 +264,9 @@ class CheckpointFolder:
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(folder / _MANIFEST)
 
-    def _prune(self) -> None:
-        for path in self.all()[: -self.keep]:
+    def _prune(self, step: int) -> None:
+        """Remove what is older than the newest few up to `step`; what is beyond is no work of this run."""
+        for path in [path for path in self.all() if step_of(path) <= step][: -self.keep]:
             shutil.rmtree(path, ignore_errors=True)
         for path in self.path.glob(".partial-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -228,9 +299,16 @@ def _write_and_digest(write: Callable[[Path], object], path: Path) -> str:
     return _sha256(path)
 
 
+def step_of(path: Path) -> int:
+    """Return the step that a checkpoint's folder is named after."""
+    match = _NAME.fullmatch(path.name)
+    assert match
+    return int(match[1])
+
+
 def save_weights(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write weights as safetensors, whole or not at all."""
-    _replace(path, lambda unfinished: safetensors.torch.save_file(_contiguous(weights), unfinished, dict(metadata)))
+    replace_file(path, lambda unfinished: safetensors.torch.save_file(_contiguous(weights), unfinished, dict(metadata)))
 
 
 def _reason(error: Exception, folder: Path) -> str:
@@ -257,12 +335,17 @@ def _read(path: Path) -> Checkpoint:
         state = _real_infinities(json.loads((path / _STATE).read_text(encoding="utf-8")))
         if state.get("format") != FORMAT:
             raise _DamagedError(f"it has format {state.get('format')!r}, this version reads {FORMAT}")
+        if state.get("step") != step_of(path):
+            raise _DamagedError(f"it holds step {state.get('step')!r}: it was renamed")
         model = safetensors.torch.load_file(path / _MODEL)
         average = safetensors.torch.load_file(path / _AVERAGE) if _AVERAGE in manifest else None
         buffers = _by_rank(safetensors.torch.load_file(path / _BUFFERS)) if _BUFFERS in manifest else []
         optimizer = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
-    except _DamagedError:
+    except (_DamagedError, MemoryError):
         raise
+    except PermissionError as error:  # not a damage: what is older would be used, or nothing, without need
+        fix = "fix the permissions and start again"
+        raise InputError(str(path), f"may not be read ({_reason(error, path)})", fix) from error
     except FileNotFoundError as error:
         raise _DamagedError(f"{Path(error.filename or '').name} is missing") from error
     except Exception as error:  # whatever a reader says of foreign bytes
@@ -289,7 +372,8 @@ def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file, so that there is either the old or the new one, whole, whatever happens."""
     unfinished = path.with_name(f".partial-{path.name}")
     unfinished.unlink(missing_ok=True)
     write(unfinished)

@@ -15,6 +15,7 @@ from distplateau.errors import InputError
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import Event, History, Ledger, read_ledger
 from distplateau.record.tracking import Mirror, NoMirror, open_mirror
+from distplateau.training.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,12 +67,22 @@ class Journal:
         self._ledger = Ledger(run_dir)
         is_over = ended and before is not None and before.finished is not None
         if not is_over:
-            (run_dir / "config.toml").write_text(dump_config(self._config), encoding="utf-8")
+            self._write_config()
         if before is None or not before.start:
             self._ledger.append("start", run=self._config.run.name, **facts, **description, run_id=run_id)
         if (before is not None or resumed) and not is_over:
             self._ledger.append("resumed", **position, **facts)
         self._mirror = open_mirror(self._config, run_id)
+
+    def _write_config(self) -> None:
+        """Write the configuration whole or not at all: with half of it the run would be refused as another one."""
+        path, text = self._config.run_dir / "config.toml", dump_config(self._config)
+        try:
+            if not path.exists() or path.read_bytes() != text.encode():
+                replace_file(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        except OSError as error:
+            fix = "free space or fix the permissions and start again"
+            raise InputError(str(path), f"cannot be written ({error.strerror or error})", fix) from error
 
     def validation(self, event: Event) -> None:
         """Record a validation and its decision."""

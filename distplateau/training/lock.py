@@ -34,12 +34,22 @@ def only_one(run_dir: Path) -> Iterator[None]:
     if os.environ.get("RANK", "0") != "0":
         yield
         return
-    with (run_dir / _NAME).open("a+", encoding="utf-8") as file:
+    try:
+        file = (run_dir / _NAME).open("a+", encoding="utf-8")
+    except OSError as error:
+        problem = f"cannot be opened ({error.strerror})"
+        raise InputError(str(run_dir / _NAME), problem, "fix the permissions, or choose another folder") from None
+    with file:
         _acquire(file, run_dir)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        _sign(file)
         yield
+
+
+def _sign(file: IO[str]) -> None:
+    """Write who holds the lock; on a full disk it is held all the same."""
+    with contextlib.suppress(OSError):
+        file.truncate(0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
 
 
 def _acquire(file: IO[str], run_dir: Path) -> None:

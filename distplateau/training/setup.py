@@ -18,6 +18,7 @@ from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
 from distplateau.record.tracking import check_trackers
 from distplateau.training.augment import Augment, build_augment
+from distplateau.training.checkpoint import CheckpointFolder
 from distplateau.training.datasets import load
 from distplateau.training.models import build_model
 from distplateau.training.objective import Objective, build_objective
@@ -153,7 +154,8 @@ def check_run_folder(config: Config, *, override: bool) -> None:
             "run.dir", f"{run_dir} cannot be written ({error.strerror})", "choose another folder", value=config.run.dir
         ) from None
     saved = run_dir / "config.toml"
-    if override or not saved.exists() or not (run_dir / FILE_NAME).exists():
+    was_trained = (run_dir / FILE_NAME).exists() or CheckpointFolder(run_dir).all()
+    if override or not saved.exists() or not was_trained:
         return
     different = differences(load_config(saved), config)
     if different:

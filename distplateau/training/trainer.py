@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -20,16 +20,18 @@ from distplateau.errors import InputError
 from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
+from distplateau.record.ledger import sealed_run_id
 from distplateau.record.tracking import new_run_id
 from distplateau.training import journal
 from distplateau.training.averaging import WeightAverage
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError, Rejected, step_of
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
 from distplateau.training.processes import repeatable_kernels, start_accelerator
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
+from distplateau.training.state import Best, Unfinished, check_state
 from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, sync_buffers
 from distplateau.training.writer import BackgroundWriter
@@ -44,34 +46,6 @@ if TYPE_CHECKING:
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
     from distplateau.record.ledger import Event
-
-
-@dataclass
-class Best:
-    """The best validation so far, by the plain value of the monitored metric."""
-
-    value: float
-    validation: int = 0
-    step: int = 0
-
-
-@dataclass
-class Unfinished:
-    """What has happened since the last validation; empty at one.
-
-    Parameters
-    ----------
-    train_loss
-        Exact sum of the training losses over all ranks.
-    buffers
-        Those of each rank: BatchNorm's statistics of its own samples.
-    nonfinite
-        Step and rank of the first training loss that was NaN or infinite.
-    """
-
-    train_loss: dict[str, int] | None = None
-    buffers: list[dict[str, Tensor]] = field(default_factory=list)
-    nonfinite: dict[str, int] | None = None
 
 
 def train(config: Config, *, override: bool = False) -> Path:
@@ -158,6 +132,7 @@ class Trainer:
         self._writer = BackgroundWriter(self.device)
         self._failure: InputError | None = None
         self._saved_time = time.monotonic()
+        self._submitted_step = -1
         self._validated_at = 0
         self._nonfinite: dict[str, int] | None = None
         self._clock = _Clock()
@@ -166,7 +141,9 @@ class Trainer:
         """Train to the end."""
         resumed = self._resume()
         if self.main:
-            self._open_journal(resumed)
+            self._attempt(lambda: self._open_journal(resumed))
+        if any(gather_object([self._failure is not None])):
+            self._fail()
         progress = ProgressReport(
             self.config,
             main=self.main,
@@ -244,13 +221,13 @@ class Trainer:
     def _interrupt(self, reason: str) -> NoReturn:
         """Save in the middle of an epoch, so that the run goes on with the same bits, and leave. Collective."""
         self._save(wait=True)
-        # A launcher that sees one rank leave may end the others: nobody leaves before the checkpoint is whole.
-        self.accelerator.wait_for_everyone()
-        if self.main:
-            if self._failure is not None:
-                raise self._failure
+        # A launcher that sees one rank leave may end the others: nobody leaves before all is written.
+        if self.main and self._failure is None:
             epoch = self.step / self.length.steps_per_epoch
-            self.journal.interrupted(reason, self.step, epoch)
+            self._attempt(lambda: self.journal.interrupted(reason, self.step, epoch))
+        self.accelerator.wait_for_everyone()
+        if self._failure is not None:
+            raise self._failure
         raise Interrupted(reason, self.step)
 
     def _attempt(self, action: Callable[[], object]) -> None:
@@ -418,7 +395,9 @@ class Trainer:
         step, validations = self.step, self.scheduler.state.validations
         if wait:
             self._writer.wait()
-            self.checkpoints.save(checkpoint, step)
+            # One of this step may be there already, and to replace it would leave a moment without it.
+            if self._submitted_step != step:
+                self.checkpoints.save(checkpoint, step)
             self.journal.mirror(validations)
         else:
             self._writer.submit(
@@ -426,6 +405,7 @@ class Trainer:
                 lambda copied: self.checkpoints.save(Checkpoint(**copied), step),
                 lambda: self.journal.mirror(validations),
             )
+            self._submitted_step = step
 
     def _unfinished(self) -> Unfinished:
         """Gather what the ranks hold since the last validation. Collective."""
@@ -454,18 +434,64 @@ class Trainer:
         return Checkpoint(self._weights(), optimizer, state, self._average_weights(), unfinished.buffers, best)
 
     def _resume(self) -> Checkpoint | None:
-        """Continue from the newest checkpoint that is whole. Every rank reads it."""
-        checkpoint, rejected = self.checkpoints.load_newest()
+        """Continue from the newest checkpoint that is whole and this run's. Every rank reads it. Collective.
+
+        Raises
+        ------
+        InputError
+            If there is none but those of other runs, or the ranks do not find the same ones.
+        """
+        expected = sealed_run_id(self.config.run_dir)
+
+        def apply(checkpoint: Checkpoint) -> None:
+            check_state(checkpoint.state)
+            found = checkpoint.state["run_id"]
+            if expected is not None and found != expected:
+                raise MisfitError(f"it is of run {found}, this one is {expected}")
+            self._restore(checkpoint)
+
+        checkpoint, rejected = self.checkpoints.load_newest(apply)
+        steps = self._found_steps(checkpoint)
+        if len(set(steps)) > 1 and min(steps) >= 0:  # not every rank can read the newest one
+            checkpoint, rejected = self.checkpoints.load_newest(apply, upto=min(steps))
+            steps = self._found_steps(checkpoint)
+        self._check_found(steps, rejected)
         for one in rejected if self.main else ():
             self.accelerator.print(f"checkpoint {one.path} is passed over: {one.reason}")
+        if self.main:
+            self.checkpoints.set_aside(rejected)
         if checkpoint is None:
-            return None
+            # Those of the work before are lost, the run is the same.
+            self.run_id = expected or self.run_id
+        elif checkpoint.state["train_loss"] and self.main:
+            self.train_step.train_loss.absorb(Partial(**checkpoint.state["train_loss"]))
+        return checkpoint
+
+    def _found_steps(self, checkpoint: Checkpoint | None) -> list[int]:
+        """Return the step of each rank's checkpoint, -1 for none. Collective."""
+        assert checkpoint is None or checkpoint.path is not None
+        return gather_object([-1 if checkpoint is None or checkpoint.path is None else step_of(checkpoint.path)])
+
+    def _check_found(self, steps: list[int], rejected: list[Rejected]) -> None:
+        """Refuse to go on from different places, or anew where there is work of another run."""
+        folder = str(self.checkpoints.path)
+        if len(set(steps)) > 1:
+            found = ", ".join(f"rank {rank}: {step if step >= 0 else 'none'}" for rank, step in enumerate(steps))
+            problem = f"does not hold the same checkpoints for all ranks ({found})"
+            raise InputError(folder, problem, "use a run.dir that all nodes share")
+        strangers = [one for one in rejected if one.whole]
+        if steps[0] < 0 and strangers:
+            problem = (
+                f"holds only checkpoints that are not of this run ({strangers[0].path.name}: {strangers[0].reason})"
+            )
+            raise InputError(folder, problem, "remove them, or choose another run.name")
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        """Take over everything but the losses since the last validation, which would be added twice."""
         state = checkpoint.state
         self.network.load_state_dict(dict(checkpoint.model))
         if len(checkpoint.buffers) == self.world_size:
             self.network.load_state_dict(dict(checkpoint.buffers[self.rank]), strict=False)
-        if state.get("train_loss") and self.main:
-            self.train_step.train_loss.absorb(Partial(**state["train_loss"]))
         if self.average:
             self.average.network.load_state_dict(dict(checkpoint.average or checkpoint.model))
         if self.config.schedule.restore_best:
@@ -477,8 +503,7 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.reductions, self.run_id = state["step"], state["reductions"], state["run_id"]
         self.best = Best(**state["best"])
-        self._nonfinite = state.get("nonfinite")
-        return checkpoint
+        self._nonfinite = state["nonfinite"]
 
     def _open_journal(self, resumed: Checkpoint | None) -> None:
         """Write down that the run begins or goes on. Main rank."""
