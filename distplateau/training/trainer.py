@@ -699,7 +699,9 @@ def _read_history(run_dir: Path) -> History | None:
 
 
 def _training_seconds(validations: list[Event]) -> float:
-    return round(sum(event["seconds"] for event in validations), 3)
+    """Add up what the ledger says; a damaged line may say nothing."""
+    seconds = [event.get("seconds") for event in validations]
+    return round(sum(s for s in seconds if isinstance(s, int | float) and math.isfinite(s)), 3)
 
 
 def _device_name(device: torch.device) -> str:
