@@ -185,6 +185,14 @@ def test_ranks_that_see_other_folders_are_told(run_dir, tmp_path):
     assert saved_steps(tmp_path) == [44, 66]
 
 
+def test_a_ledger_without_the_seconds_ends_as_another(run_dir, tmp_path):
+    """One flipped bit in a key: the line is an event as before."""
+    ledger = run_dir / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('"seconds"', '"secondr"', 1))
+    train(make_config(tmp_path, **SECTIONS))
+    assert read_ledger(run_dir).finished["seconds"] > 0
+
+
 # Moments at which a job may die.
 
 

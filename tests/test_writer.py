@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from distplateau.training.writer import BackgroundWriter, Staging
+from distplateau.training.writer import BackgroundWriter, Staging, _allocate
 
 CPU = torch.device("cpu")
 
@@ -109,13 +109,44 @@ def test_an_error_is_raised_by_the_next_call_and_once(writer, call):
 
 def test_an_error_of_the_copy_does_not_leave_training_waiting(writer, monkeypatch):
     def broken(*_args):
-        raise MemoryError("no room")
+        raise ValueError("a tensor of another kind")
 
     monkeypatch.setattr(Staging, "_room", broken)
     writer.submit(make_tree(), lambda _: None)
     writer.wait_for_copy()
-    with pytest.raises(MemoryError):
+    with pytest.raises(ValueError, match="another kind"):
         writer.wait()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_without_memory_for_a_copy_the_tensors_are_written_while_the_update_waits(writer, monkeypatch, error):
+    def broken(*_args):
+        raise error
+
+    monkeypatch.setattr(Staging, "_room", broken)
+    writer.reserve(make_tree())
+    writer.wait()
+    tree, written = make_tree(), []
+    before = tree["model"]["w"].clone()
+    writer.submit(tree, lambda held: (time.sleep(0.1), written.append(held["model"]["w"].clone())))
+    writer.wait_for_copy()
+    tree["model"]["w"].add_(1)
+    writer.wait()
+    assert torch.equal(written[0], before)
+
+
+def test_memory_that_cannot_be_pinned_is_not(monkeypatch):
+    empty = torch.empty
+
+    def unpinnable(*args, pin_memory=False, **kwargs):
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "empty", unpinnable)
+    assert _allocate(torch.ones(3), pinned=True).shape == (3,)
+    with pytest.raises(RuntimeError):
+        torch.empty(3, pin_memory=True)
 
 
 def test_memory_is_kept_for_the_next_copy(writer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import socket
@@ -96,8 +97,10 @@ class Journal:
         """Record the end, once."""
         history = read_ledger(self._config.run_dir)
         if history.finished is None:
-            seconds = sum(event.get("seconds", 0.0) for event in history.validations)
-            self._ledger.append("finished", **facts, seconds=round(seconds, 3))
+            # A damaged line may say nothing.
+            seconds = [event.get("seconds") for event in history.validations]
+            known = [s for s in seconds if isinstance(s, int | float) and math.isfinite(s)]
+            self._ledger.append("finished", **facts, seconds=round(sum(known), 3))
 
     def mirror(self, validations: int) -> None:
         """Mirror what a durable checkpoint covers."""

@@ -3,7 +3,8 @@
 The weights change only in the optimizer's update. So a thread copies them to host memory during the forward and
 backward passes that follow, the next update waits for that copy alone, and the thread then writes it to the disk at
 leisure (CheckFreq, Mohan et al., FAST 2021). The host memory is kept for the next copy: on virtual machines memory that
-is touched for the first time has taken 40 times as long as the copy itself.
+is touched for the first time has taken 40 times as long as the copy itself. Where there is no memory for a copy, the
+thread writes the tensors themselves, and the next update waits until that is done: slower, but nothing is lost.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Tree = TypeVar("Tree")
+_NO_MEMORY = (MemoryError, RuntimeError)  # torch's allocators raise RuntimeError
 
 
 class BackgroundWriter:
@@ -90,7 +92,12 @@ class BackgroundWriter:
 
     def _run(self, tensors: Tree, copy: Callable[[Tree], Tree], write: Callable[[Tree], object]) -> None:
         try:
-            copied = copy(tensors)
+            try:
+                copied = copy(tensors)
+            except _NO_MEMORY:
+                self._staging.release()
+                write(tensors)
+                return
         finally:
             self._copied.set()
         write(copied)
@@ -109,8 +116,15 @@ class Staging:
         self._memory: dict[tuple[Any, ...], Tensor] = {}
 
     def reserve(self, tree: Any) -> None:
-        """Get the memory and touch it."""
-        _map(tree, lambda place, tensor: self._room(place, tensor).zero_())
+        """Get the memory and touch it, as far as there is any."""
+        try:
+            _map(tree, lambda place, tensor: self._room(place, tensor).zero_())
+        except _NO_MEMORY:
+            self.release()
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._memory.clear()
 
     def begin(self) -> Callable[[Tree], Tree]:
         """Return the function that copies, to be called in any thread; the device's order is taken from this call."""
@@ -133,9 +147,18 @@ class Staging:
     def _room(self, place: tuple[Any, ...], tensor: Tensor) -> Tensor:
         room = self._memory.get(place)
         if room is None or room.shape != tensor.shape or room.dtype != tensor.dtype:
-            room = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=self._pinned)
-            self._memory[place] = room
+            room = self._memory[place] = _allocate(tensor, pinned=self._pinned)
         return room
+
+
+def _allocate(like: Tensor, *, pinned: bool) -> Tensor:
+    """Get host memory; a copy to memory that is not pinned is slower and as good."""
+    try:
+        return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned)
+    except RuntimeError:
+        if not pinned:
+            raise
+        return torch.empty(like.shape, dtype=like.dtype)
 
 
 def _map(tree: Any, function: Callable[[tuple[Any, ...], Tensor], Tensor], place: tuple[Any, ...] = ()) -> Any:
