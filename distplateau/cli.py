@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -90,15 +89,35 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _grid(texts: list[str]) -> dict[str, list[str]]:
-    """Read ``section.key=a,b,c``; a list in brackets is one value."""
+    """Read ``section.key=a,b,c``; a list, an inline table or a quoted string is one value."""
     grid = {}
     for text in texts:
         key, equals, values = text.partition("=")
-        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", values)]
+        key = key.strip()
+        parts = _split(values)
         if not equals or "." not in key or not all(parts):
             raise InputError("--grid", "is no key with values", "write --grid section.key=a,b,c", value=text)
+        if key in grid:
+            raise InputError("--grid", f"has {key} twice", f"write --grid {key}=a,b,c once", value=text)
         grid[key] = list(dict.fromkeys(parts))
     return grid
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets, braces and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'":
+            quote = sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:

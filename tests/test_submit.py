@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from distplateau.cluster import jobs, queue, requeue
-from distplateau.cluster.freeze import freeze
+from distplateau.cli import _grid
+from distplateau.cluster import jobs, queue, requeue, submit
+from distplateau.cluster.freeze import freeze, make_private
 from distplateau.cluster.job import rank_environment
 from distplateau.cluster.profile import load_profile
 from distplateau.cluster.queue import JobState
@@ -61,6 +62,17 @@ def test_the_profiles_of_the_repository_are_valid(path):
         ('[slurm.env]\nWANDB_API_KEY = "secret-value"', "slurm.env.WANDB_API_KEY: looks like a secret"),
         ("setup = 3", "setup = 3: "),
         ("[slurm", "is not valid TOML"),
+        ('[slurm.env]\nAWS_SECRET_ACCESS_KEY = "secret-value"', "AWS_SECRET_ACCESS_KEY: looks like a secret"),
+        ('setup = ["export HF_TOKEN=secret-value"]', "setup .HF_TOKEN.: looks like a secret"),
+        ('[slurm]\nsrun_args = ["--export=ALL,MY_TOKEN=secret-value"]', "slurm.srun_args .MY_TOKEN.: looks like a sec"),
+        ('[slurm.extra]\ncomment = "PASSWORD=secret-value"', "slurm.extra.comment .PASSWORD.: looks like a secret"),
+        ('[slurm.extra]\nexport = "NONE"', "slurm.extra.export = 'NONE': is set by this package"),
+        ("[slurm.extra]\nexclusive = false", "slurm.extra.exclusive = False: is no option of sbatch"),
+        ('[slurm.extra]\n"a\\nb" = 1', "is no option of sbatch"),
+        ('[slurm]\npartition = "a\\ntouch /tmp/x"', "slurm.partition = .*: is empty or has a line break in it"),
+        ('[slurm.extra]\ncomment = "a\\ntouch /tmp/x"', "slurm.extra.comment = .*: is empty or has a line break"),
+        ('[slurm]\nmem = ""', "slurm.mem = '': is empty"),
+        ('[slurm.env]\n"A B" = "c"', "slurm.env.A B: is no environment variable"),
         ("[cluster]\na = 1", "cluster = .*unknown key; .*valid: setup, slurm"),
     ],
 )
@@ -69,6 +81,16 @@ def test_a_wrong_profile_is_one_line_with_the_fix(tmp_path, text, message):
         profile_of(tmp_path, text)
     assert "\n" not in str(error.value)
     assert "secret-value" not in str(error.value)
+
+
+def test_what_only_sounds_like_a_secret_is_allowed(tmp_path):
+    profile = profile_of(tmp_path, '''
+        setup = ["export WANDB_API_KEY=$(cat ~/.key)", "module load key"]
+        [slurm.env]
+        TOKENIZERS_PARALLELISM = "false"
+        NCCL_IB_PKEY = "0x1"
+        ''')  # fmt: skip
+    assert len(profile.slurm.env) == 2
 
 
 def test_a_missing_profile_is_named(tmp_path):
@@ -163,12 +185,123 @@ def test_a_grid_names_its_points():
     ]
 
 
+def test_a_list_a_table_and_a_quoted_string_are_one_value():
+    assert _grid(["a.b=1, 2,1", "a.c=[1,2],[3]", 'a.d="x,y",z', "a.e={h=[8], d=0.2},{h=[8,16], d={}}"]) == {
+        "a.b": ["1", "2"],
+        "a.c": ["[1,2]", "[3]"],
+        "a.d": ['"x,y"', "z"],
+        "a.e": ["{h=[8], d=0.2}", "{h=[8,16], d={}}"],
+    }
+    with pytest.raises(InputError, match=r"--grid = 'a.b=3': has a.b twice"):
+        _grid(["a.b=1,2", "a.b=3"])
+
+
 @pytest.mark.parametrize("text", ["patience=3", "schedule.patience", "schedule.patience=", "schedule.patience=1,,2"])
 def test_a_wrong_grid_is_refused(tmp_path, text):
     done = distplateau("submit", ROOT / "launch/demo.toml", "--cluster", "local", "--grid", text, cwd=tmp_path)
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert f"--grid = {text!r}: is no key with values; write --grid section.key=a,b,c" in line
+
+
+def prepare(tmp_path, monkeypatch, grid, **overrides):
+    """As far as a submission looks at names and numbers, without sbatch."""
+    monkeypatch.chdir(tmp_path)
+    return submit._prepare(ROOT / "launch/demo.toml", "local", overrides, grid)[1]
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        # Two jobs in one folder would destroy each other's checkpoints.
+        ({"tracking.project": ["a/b", "a_b"]}, "--grid: has two points with the folder 'project=a_b'"),
+        ({"tracking.project": ["x" * 300, "y"]}, "makes a folder name of 308 bytes, above 255"),
+        ({"tracking.project": ["100%j"], "run.seed": ["1", "2"]}, None),
+        (
+            {key: [str(1 + n) for n in range(11)] for key in ("run.seed", "training.epochs", "schedule.patience")},
+            "--grid: makes 1,331 runs, above the 1,000 of this machine; split it",
+        ),
+    ],
+)
+def test_a_grid_that_makes_no_sweep_is_refused(tmp_path, monkeypatch, grid, message):
+    if message is None:
+        assert len(prepare(tmp_path, monkeypatch, grid)) == 2  # only the sweep's own folder is named to Slurm
+        return
+    with pytest.raises(InputError, match=message):
+        prepare(tmp_path, monkeypatch, grid)
+
+
+def test_a_key_of_the_grid_is_not_overridden_as_well(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=r"--run\.seed: is in the grid as well"):
+        prepare(tmp_path, monkeypatch, {"run.seed": ["1", "2"]}, **{"run.seed": "3"})
+
+
+def test_a_run_is_no_folder_of_a_sweep(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "demo" / "submission").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds a run, and can be no folder of a sweep"):
+        prepare(tmp_path, monkeypatch, {"run.seed": ["1", "2"]})
+
+
+@pytest.mark.parametrize("name", ["100%j", "back\\slash"])
+def test_folders_that_slurm_would_call_something_else_are_refused(tmp_path, monkeypatch, name):
+    """With --output=.../100%j/... the logs of job 7 would lie in the folder of a run that is called 1007."""
+    with pytest.raises(InputError, match="in its path, which Slurm reads as something else"):
+        prepare(tmp_path, monkeypatch, {}, **{"run.name": name})
+    prepare(tmp_path, monkeypatch, {}, **{"run.name": 'it\'s "ün" $HOME `id` #1'})
+
+
+def test_the_largest_array_is_slurms_own(monkeypatch):
+    monkeypatch.setattr(queue, "_ask", lambda _: "MailProg = x\nMaxArraySize            = 11\nMaxDBDMsgs = 3")
+    assert queue.largest_array() == 10
+    with pytest.raises(InputError, match=r"makes 11 runs, above the 10 of the cluster \(MaxArraySize\)"):
+        submit._check_size(11, "p.toml")
+    monkeypatch.setattr(queue, "_ask", lambda _: None)
+    submit._check_size(1000, "p.toml")
+
+
+# What a job finds.
+
+
+def test_a_launch_that_shards_is_refused_before_the_queue(tmp_path):
+    profile = profile_of(tmp_path, '[slurm.env]\nACCELERATE_USE_FSDP = "true"')
+    config = parse_config({"run": {"dir": str(tmp_path)}})
+    with pytest.raises(InputError, match="FSDP is not served"):
+        submit.check(config, profile)
+
+
+@pytest.mark.parametrize("asked", ["gpus_per_node = 1", 'gres = "gpu:a100:2"', "[slurm.extra]\ngpus-per-task = 1"])
+def test_a_login_node_without_a_gpu_sends_fp16_to_those_that_have_one(tmp_path, monkeypatch, asked):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    config = parse_config({"training": {"precision": "fp16"}, "run": {"dir": str(tmp_path)}})
+    submit.check(config, profile_of(tmp_path, f"[slurm]\n{asked}"))
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        submit.check(config, profile_of(tmp_path, f'[slurm]\n{asked}\n[slurm.env]\nACCELERATE_USE_CPU = "true"'))
+    with pytest.raises(InputError, match="fp16 needs a GPU"):
+        submit.check(config, profile_of(tmp_path, "[slurm]"))
+
+
+def test_a_secret_in_the_configuration_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
+    config = parse_config({"tracking": {"project": "x-0123456789abcdef"}, "run": {"dir": str(tmp_path)}})
+    with pytest.raises(InputError, match="MY_API_KEY: is in the configuration") as error:
+        submit.check(config, profile_of(tmp_path, "[slurm]"))
+    assert "0123456789" not in str(error.value)
+
+
+def test_address_and_port_of_another_job_are_not_taken_over(tmp_path):
+    """Those of the profile are."""
+
+    def found(text):
+        lines = script_of(tmp_path, text).split("# setup\n")[1].splitlines()
+        end = max(number for number, line in enumerate(lines) if line.startswith("export MASTER_PORT"))
+        shell = "\n".join([*lines[: end + 1], 'echo "$MASTER_ADDR|$MASTER_PORT"'])
+        env = {**os.environ, "MASTER_ADDR": "stale", "MASTER_PORT": "29500"}
+        said = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=True, env=env).stdout
+        return said.strip().split("|")
+
+    address, port = found("[slurm]")
+    assert address == "" and port.isdigit() and port != "29500"
+    assert found('[slurm.env]\nMASTER_ADDR = "head"\nMASTER_PORT = "4"') == ["head", "4"]
 
 
 # What is frozen.
@@ -215,6 +348,89 @@ def test_a_folder_without_git_is_copied_without_byproducts(tmp_path):
     code = freeze(config, config.run_dir, tmp_path).parent / "code"
     copied = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
     assert {name for name in copied if not name.startswith("distplateau/")} == {"a.py", "pkg/b.py"}
+
+
+def test_submodules_are_frozen_and_runs_are_not(tmp_path):
+    git = ["git", "-c", "user.email=a@b", "-c", "user.name=c", "-c", "protocol.file.allow=always"]
+
+    def run(folder, *command):
+        subprocess.run([*git, "-C", folder, *command], check=True, capture_output=True)
+
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    for folder in (part, whole):
+        folder.mkdir()
+        run(folder, "init", "-q")
+        (folder / "a.py").write_text("")
+        run(folder, "add", ".")
+        run(folder, "commit", "-qm", "first")
+    run(whole, "submodule", "add", part, "part")
+    run(whole, "commit", "-qm", "second")
+    for name in (
+        "out/before/ledger.jsonl",
+        "out/before/x.py",
+        "old/submission/config.toml",
+        "old/submission/code/y.py",
+    ):
+        (whole / name).parent.mkdir(parents=True, exist_ok=True)
+        (whole / name).write_text("")
+    config = parse_config({"model": {"name": "a:build"}, "run": {"dir": str(whole / "out"), "name": "now"}})
+    code = freeze(config, config.run_dir, whole).parent / "code"
+    copied = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    assert {name for name in copied if not name.startswith("distplateau/")} == {".gitmodules", "a.py", "part/a.py"}
+
+
+def test_files_that_hold_keys_are_not_frozen(tmp_path):
+    source = tmp_path / "mine"
+    source.mkdir()
+    git = ["git", "-C", source, "-c", "user.email=a@b", "-c", "user.name=c"]
+    (source / "a.py").write_text("")
+    (source / ".env").write_text("KEY=old")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    for name in (".env", ".env.local", ".netrc", "my.pem", "a.py"):
+        (source / name).write_text("marker")
+    config = parse_config({"model": {"name": "a:build"}, "run": {"dir": str(tmp_path / "runs")}})
+    frozen = freeze(config, config.run_dir, source).parent
+    held = {path.name for path in frozen.rglob("*") if path.is_file() and path.read_text().strip() == "marker"}
+    assert held == {"a.py"}
+    assert (frozen / "diff.patch").read_text().count("+marker") == 1
+    # Submitted again from where there is no git: the commit is not that of the submission before.
+    freeze(config, config.run_dir, tmp_path)
+    assert not (frozen / "commit.txt").exists() and not (frozen / "diff.patch").exists()
+
+
+def test_nothing_of_a_run_can_be_written_by_everybody(tmp_path):
+    """The job unpickles and imports what lies there. The shell has no umask at all."""
+    (tmp_path / "mine.py").write_text("from distplateau.training.losses import *\n")
+    (tmp_path / "mine.py").chmod(0o666)
+    planted = tmp_path / "runs" / "open" / "logs" / "1_submitted.pkl"
+    planted.parent.mkdir(parents=True)
+    planted.write_text("")
+    for path in (planted, planted.parent, planted.parent.parent):
+        path.chmod(0o777)
+    command = [sys.executable, "-m", "distplateau", "submit", str(ROOT / "launch/demo.toml"), "--cluster", "local",
+               "--wait", "--run.name", "open", *SMALL]  # fmt: skip
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, umask=0, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    run_dir = tmp_path / "runs" / "open"
+    paths = [run_dir, *run_dir.rglob("*")]
+    assert len(paths) > 100
+    assert not [path for path in paths if path.lstat().st_mode & 0o002 and not path.is_symlink()]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(InputError, match="belongs to another user"):
+        make_private(tmp_path)
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    done = distplateau("submit", ROOT / "launch/demo.toml", "--cluster", "local", *SMALL, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    [line] = done.stderr.splitlines()
+    assert "cannot be written" in line
 
 
 # Who comes back.

@@ -88,6 +88,12 @@ def cancel(job_id: str) -> str | None:
     return _tell(["scancel", job_id])
 
 
+def largest_array() -> int | None:
+    """Return how many tasks an array may have, None if nobody can be asked."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
+    return int(found[1]) - 1 if found else None
+
+
 def _accounted(job_id: str) -> JobState | None:
     said = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", job_id,
                  "--format", "State,NodeList,ExitCode"])  # fmt: skip
