@@ -6,11 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from distplateau.cli import _grid
+from distplateau.cli import _grid, main
 from distplateau.cluster import jobs, queue, requeue, submit
 from distplateau.cluster.freeze import freeze, make_private
 from distplateau.cluster.job import rank_environment
@@ -604,11 +605,119 @@ def test_a_damaged_list_of_jobs_is_no_traceback(tmp_path):
     assert jobs.submissions(tmp_path / "r") == [jobs.Job("7", "local")]
 
 
-def test_a_process_of_this_machine_has_a_state(tmp_path):
-    process = subprocess.Popen(["sleep", "60"])
+def test_a_process_of_this_machine_has_a_state():
+    process = subprocess.Popen(["bash", "-c", "read", "submitit.local._local"], stdin=subprocess.PIPE)
     job = jobs.Job(str(process.pid), "local")
     assert job.state().name == "RUNNING"
     assert job.cancel() is None
     process.wait()
     assert job.state().has_ended
     assert job.cancel() == "it is not running"
+
+
+def test_another_process_that_has_the_number_by_now_is_left_alone():
+    process = subprocess.Popen(["sleep", "60"])
+    job = jobs.Job(str(process.pid), "local")
+    try:
+        assert job.state().has_ended
+        assert job.cancel() == "it is not running"
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def note(run_dir, job_id, cluster="p.toml"):
+    (run_dir / "submission").mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"job_id": job_id, "cluster": cluster})
+    (run_dir / "submission" / "jobs.jsonl").write_text(line + "\n")
+
+
+@pytest.mark.parametrize("job_id", ["--user=root", "-1", "0", "7;x", "", "7_", "abc"])
+def test_what_is_no_job_id_never_becomes_an_argument(tmp_path, job_id):
+    note(tmp_path / "r", job_id)
+    assert jobs.submissions(tmp_path / "r") == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{" * 100_000,
+        '{"event":"resumed","last_validation":1,"restart_count":"many"}',
+        '{"event":"validation","validation":1,"epoch":1,"step":1,"monitor":"m","value":1,"decision":"","lr_before":[],'
+        '"lr_after":[],"best":1,"num_bad":0,"cooldown":0}',
+        '{"event":"start","schedule":3}\n{"event":"validation","validation":1,"epoch":1,"step":1,"monitor":"m","value":1,'
+        '"decision":"","lr_before":[1],"lr_after":[1],"best":1,"num_bad":0,"cooldown":0}',
+        "\0\udcff",
+    ],
+)
+def test_a_damaged_ledger_hides_no_other_run(tmp_path, line, monkeypatch):
+    monkeypatch.setattr(queue, "job_state", lambda _: JobState("RUNNING", "n1", "", 2))
+    for name in ("a", "b"):
+        note(tmp_path / name, "7")
+    (tmp_path / "a" / "ledger.jsonl").write_bytes(line.encode("utf-8", "surrogateescape") + b"\n")
+    first, second = jobs.overview(tmp_path)
+    assert (first.state, second.state) == ("running", "running")
+    assert second.requeues == "2"
+
+
+def test_slurm_is_not_asked_for_runs_that_are_finished_nor_for_ever(tmp_path, monkeypatch):
+    asked = []
+
+    def hangs(job_id):
+        asked.append(job_id)
+        time.sleep(0.05)
+
+    monkeypatch.setattr(queue, "job_state", hangs)
+    monkeypatch.setattr(jobs, "_ASK_SECONDS", 0.12)
+    for number in range(100, 300):
+        note(tmp_path / str(number), str(number))
+    Ledger(tmp_path / "100").append("start")
+    Ledger(tmp_path / "100").append("finished")
+    rows = jobs.overview(tmp_path)
+    assert len(rows) == 200 and rows[0].state == "finished" and {row.state for row in rows[1:]} == {"unknown"}
+    assert "100" not in asked and 8 <= len(asked) <= 40
+
+
+def test_one_job_that_cannot_be_cancelled_keeps_no_other_alive(tmp_path, monkeypatch, capsys):
+    states = {"1": JobState("COMPLETED"), "2": JobState("RUNNING"), "3": JobState("PENDING")}
+    told = []
+    monkeypatch.setattr(queue, "job_state", states.get)
+    monkeypatch.setattr(queue, "cancel", told.append)
+    for name, job_id in (("a", "1"), ("b", "2"), ("c", "3"), ("d", "3")):
+        note(tmp_path / name, job_id)
+    assert main(["jobs", "--cancel", str(tmp_path)]) == 2
+    assert told == ["2", "3"]
+    said = capsys.readouterr()
+    assert "a: job 1 cannot be cancelled (it has ended: COMPLETED)" in said.err
+    assert said.out.count("cancelled job") == 3
+
+
+def test_a_job_is_followed_over_a_requeue_and_a_silent_controller(tmp_path, monkeypatch):
+    answers = [JobState("RUNNING"), JobState("COMPLETED"), JobState("PENDING"), None, None, JobState("RUNNING"),
+               *[JobState("FAILED", exit_code=3)] * 3]  # fmt: skip
+    note(tmp_path, "7")
+    log = tmp_path / "logs" / "7_0_log.out"
+    log.parent.mkdir()
+    text = ["1 ü\n".encode()[:3], "1 ü\n".encode()[3:]]  # a letter of two bytes, half of it at a time
+
+    def answer(_):
+        with log.open("ab") as file:
+            file.write(text[-len(answers) % 2 - 1])
+        return answers.pop(0)
+
+    monkeypatch.setattr(queue, "job_state", answer)
+    monkeypatch.setattr(jobs, "_POLL_SECONDS", 0)
+    written = []
+    assert jobs.follow(tmp_path, written.append) == 3
+    assert answers == []
+    assert "".join(written).startswith("1 ü\n1 ü\n") and "�" not in "".join(written)
+
+
+def test_ctrl_c_says_what_goes_on(monkeypatch, capsys, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "overview", stop)
+    assert main(["jobs", str(tmp_path)]) == 75
+    assert capsys.readouterr().err == "interrupted; the jobs go on\n"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplateau.cluster import job, queue
 from distplateau.cluster.freeze import freeze, make_private
-from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, submissions
+from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, states, submissions
 from distplateau.cluster.profile import Profile, load_profile, looks_secret
 from distplateau.cluster.script import run_parameters
 from distplateau.config import dump_config, load_config, parse_model
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from distplateau.config import Config
 
-_POLL_SECONDS = 2.0
 _LONGEST_NAME = 255
 _SHORTEST_SECRET = 8
 # Slurm's own default, where it cannot be asked; a sweep on one machine runs one after the other.
@@ -305,16 +304,6 @@ def _note(one: Submitted) -> None:
 
 
 def _wait_for(one: Submitted) -> int:
-    """Poll until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
-    unknown = 0
-    while unknown < 3:
-        state = one.job.state()
-        unknown = unknown + 1 if state is None else 0
-        if state is not None and state.has_ended:
-            # A job that is about to be requeued shows its end for a moment.
-            time.sleep(_POLL_SECONDS)
-            again = one.job.state()
-            if again is None or again.has_ended:
-                return exit_code(one.run_dir, state)
-        time.sleep(_POLL_SECONDS)
-    return exit_code(one.run_dir, None)
+    """Wait until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
+    *_, last = states(one.job)
+    return exit_code(one.run_dir, last)
