@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distplateau.record.ledger import read_ledger
+from slurm import LocalCluster, why_not
 
 ROOT = Path(__file__).parent.parent
 KEYS = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad")
@@ -54,7 +56,7 @@ GLOO_SOCKET_IFNAME = "lo"
 DEFAULTS = {
     "nodes": 2, "partition": "low", "time": "00:10:00", "delay": "20s", "max_requeues": 5, "env": "",
 }  # fmt: skip
-EPOCHS, LONG = 40, 200
+EPOCHS, LONG, SWEEP_EPOCHS = 40, 200, 12
 
 
 class Runs:
@@ -189,6 +191,34 @@ class TestSurvives:
         assert ranks[0] == 8 and ranks[-1] == 4 and len(ranks) == EPOCHS
 
 
+@pytest.fixture
+def signalling(short_folder):
+    """A second cluster, that preempts with the signal that a job has asked for, not with SIGTERM."""
+    reason = why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    cluster = LocalCluster(short_folder / "signalling")
+    done = cluster.tool("up", "--while", str(os.getpid()), "--option", "SlurmctldParameters=preempt_send_user_signal")
+    if done.returncode:  # since Slurm 23.02 it is called so
+        done = cluster.tool("up", "--while", str(os.getpid()), "--option", "PreemptParameters=send_user_signal")
+    assert done.returncode == 0, done.stderr
+    yield cluster
+    cluster.tool("down")
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("partition", ["low", "abrupt"])
+def test_preempted_with_the_signal_that_it_asked_for(signalling, whole, tmp_path, partition):
+    """PreemptParameters=send_user_signal; without grace there is no time for the signal to matter."""
+    runs = Runs(signalling, tmp_path)
+    job = runs.submit("signalled", partition=partition)
+    runs.wait_for_validation("signalled", 5)
+    signalling.preempt(runs.folder)
+    assert_survived(runs, whole, "signalled", job)
+    stops = [event["reason"] for event in runs.events("signalled") if event["event"] == "interrupted"]
+    assert stops == (["SIGUSR2"] if partition == "low" else [])
+
+
 @pytest.mark.cluster
 class TestGivesUp:
     def test_a_job_that_is_cancelled_stays_away(self, runs):
@@ -226,11 +256,44 @@ class TestGivesUp:
 @pytest.mark.cluster
 def test_a_sweep_is_an_array_with_a_folder_for_each_run(runs):
     job = runs.submit("sweep", "--grid", "schedule.patience=0,1,3", "--grid", "schedule.factor=0.1,0.5",
-                      "--training.epochs", "5", nodes=1)  # fmt: skip
+                      "--training.epochs", str(SWEEP_EPOCHS), nodes=1)  # fmt: skip
     folders = sorted(path.name for path in (runs.folder / "runs" / "sweep").iterdir() if "=" in path.name)
     assert folders == [f"patience={p},factor={f}" for p in (0, 1, 3) for f in (0.1, 0.5)]
-    runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
     assert job.endswith("_0")
+    task = job.removesuffix("0") + "3"
+    runs.wait_for_validation(f"sweep/{folders[3]}", 1)
+    runs.cluster.run("scontrol", "requeue", task)
+    runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
+    restarts = [runs.cluster.restarts(f"{job.removesuffix('0')}{number}") for number in range(6)]
+    assert restarts == [0, 0, 0, 1, 0, 0]  # a task of its own
+    assert len(runs.trace(f"sweep/{folders[3]}")) == SWEEP_EPOCHS
+
+
+@pytest.mark.cluster
+def test_nobody_finds_a_key_and_nobody_writes_into_a_run(runs, monkeypatch):
+    """Submitted by a shell without any umask, with a key in its environment."""
+    marker = "c0ffee" * 7
+    monkeypatch.setenv("WANDB_API_KEY", marker)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host")  # of another job
+    monkeypatch.setenv("MASTER_PORT", "1")
+    before = os.umask(0)
+    try:
+        job = runs.submit("closed", epochs=10)
+    finally:
+        os.umask(before)
+    for key in ("WANDB_API_KEY", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key)
+    runs.wait_for_validation("closed", 1)
+    commands = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
+    said = runs.cluster.run("scontrol", "show", "job", "--details", job)
+    script = runs.cluster.run("scontrol", "write", "batch_script", job, "-")
+    for text in (commands, said, script):
+        assert str(runs.folder) in text and marker not in text
+    assert runs.finish("closed", job) == ["start", "finished"]
+    paths = list((runs.folder / "runs" / "closed").rglob("*"))
+    assert len([path for path in paths if path.suffix == ".pkl"]) >= 4
+    assert not [path for path in paths if path.is_file() and marker.encode() in path.read_bytes()]
+    assert not [path for path in paths if path.lstat().st_mode & 0o002 and not path.is_symlink()]
 
 
 @pytest.mark.cluster

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from distplateau.cli import _grid, main
-from distplateau.cluster import jobs, queue, requeue, submit
+from distplateau.cluster import doctor, jobs, queue, requeue, submit
 from distplateau.cluster.freeze import freeze, make_private
 from distplateau.cluster.job import rank_environment
 from distplateau.cluster.profile import load_profile
@@ -252,11 +252,11 @@ def test_folders_that_slurm_would_call_something_else_are_refused(tmp_path, monk
 
 
 def test_the_largest_array_is_slurms_own(monkeypatch):
-    monkeypatch.setattr(queue, "_ask", lambda _: "MailProg = x\nMaxArraySize            = 11\nMaxDBDMsgs = 3")
+    monkeypatch.setattr(queue, "ask", lambda _: "MailProg = x\nMaxArraySize            = 11\nMaxDBDMsgs = 3")
     assert queue.largest_array() == 10
     with pytest.raises(InputError, match=r"makes 11 runs, above the 10 of the cluster \(MaxArraySize\)"):
         submit._check_size(11, "p.toml")
-    monkeypatch.setattr(queue, "_ask", lambda _: None)
+    monkeypatch.setattr(queue, "ask", lambda _: None)
     submit._check_size(1000, "p.toml")
 
 
@@ -469,6 +469,41 @@ def test_failures_are_counted_at_the_same_checkpoint(tmp_path):
     assert count() == 1
 
 
+def test_a_failure_that_cannot_be_counted_stops_nothing(tmp_path, capsys):
+    (tmp_path / "submission").write_text("no folder")
+    assert requeue.count_failure(tmp_path, 1).times == 1
+    assert "not counted among the failures" in capsys.readouterr().err
+
+
+def test_a_controller_that_restarts_is_asked_again(monkeypatch, capsys):
+    answers = ["Unable to contact slurm controller", "Unable to contact slurm controller", None]
+    monkeypatch.setattr(requeue.shutil, "which", lambda _: "scontrol")
+    monkeypatch.setattr(queue, "requeue", lambda _: answers.pop(0))
+    monkeypatch.setattr(queue, "is_wanted", lambda _: True)
+    monkeypatch.setattr(requeue, "_TRY_SECONDS", 0)
+    assert requeue._requeue("7") is None
+    assert capsys.readouterr().err.count("not queued again yet: Unable to contact") == 2
+    # Not for ever, and not once somebody has cancelled it.
+    answers.extend(["no"] * 9)
+    assert requeue._requeue("7") == "no" and len(answers) == 5
+    monkeypatch.setattr(queue, "is_wanted", lambda _: False)
+    assert requeue._requeue("7") == "no" and len(answers) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["--resume", "override", "--run.name", "auto"], "auto"),
+        (["--run.name", "override", "--resume=auto"], "override"),
+        ([], "demo"),
+    ],
+)
+def test_the_run_folder_of_the_arguments_of_train(tmp_path, monkeypatch, capsys, words, name):
+    monkeypatch.chdir(tmp_path)
+    assert requeue.print_folder([str(ROOT / "launch/demo.toml"), *words]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/runs/{name}\n"
+
+
 def test_an_interruption_is_the_last_word_of_the_ledger(tmp_path):
     assert not requeue.was_interrupted(tmp_path)
     ledger = Ledger(tmp_path)
@@ -508,6 +543,73 @@ def test_what_slurm_says_is_read():
     line = "JobId=5 JobName=x JobState=PENDING Reason=BeginTime Requeue=1 Restarts=2 ExitCode=0:0 NodeList=(null)"
     assert queue._read_scontrol(line) == JobState("PENDING", "", "BeginTime", 2, None)
     assert queue._read_sacct("CANCELLED by 0|n[1-2]|75:0", 1) == JobState("CANCELLED", "n[1-2]", "", 1, 75)
+
+
+def test_slurm_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
+    for name in ("scontrol", "sacct", "scancel"):
+        (tmp_path / name).write_text("#!/bin/sh\nexec sleep 60\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(queue, "_TIMEOUT_S", 0.2)
+    began = time.monotonic()
+    assert queue.job_state("1") is None
+    assert "timed out" in (queue.cancel("1") or "")
+    [found] = list(doctor._slurm_settings(profile_of(tmp_path, "[slurm]")))
+    assert (found.name, found.good) == ("controller", False)
+    assert time.monotonic() - began < 10
+
+
+# The doctor.
+
+
+@pytest.mark.parametrize(
+    ("partition", "said", "good", "text"),
+    [
+        ("gone", None, False, "there is no partition gone"),
+        (None, "PartitionName=a Default=NO PreemptMode=OFF", False, "there is no default partition"),
+        (None, "PartitionName=a Default=NO\nPartitionName=b Default=YES PreemptMode=OFF", True, "b is not preempted"),
+        ("a", "PartitionName=a GraceTime=5 PreemptMode=REQUEUE", False, "a: PreemptMode = REQUEUE, 5 s of grace"),
+        ("a", "PartitionName=a GraceTime=UNLIMITED PreemptMode=REQUEUE", True, "UNLIMITED s of grace"),
+        ("a", "PartitionName=a GraceTime=60 PreemptMode=GANG,SUSPEND", False, "halts ranks in the middle of a step"),
+    ],
+)
+def test_the_doctor_looks_at_the_partition(monkeypatch, partition, said, good, text):
+    monkeypatch.setattr(queue, "ask", lambda _: said)
+    found = doctor._preemption(partition, {"PreemptMode": "REQUEUE"})
+    assert found.good is good
+    assert text in found.text
+    assert good or found.fix
+
+
+def test_the_doctors_job_does_not_outlive_the_doctor(tmp_path, monkeypatch):
+    import submitit
+
+    class Executor:
+        def __init__(self, folder):
+            pass
+
+        def update_parameters(self, **_):
+            pass
+
+        def submit(self, *_):
+            return type("Job", (), {"job_id": "7"})
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    cancelled = []
+    monkeypatch.setattr(submitit, "SlurmExecutor", Executor)
+    monkeypatch.setattr(queue, "job_state", stop)
+    monkeypatch.setattr(queue, "cancel", cancelled.append)
+    with pytest.raises(KeyboardInterrupt):
+        doctor._run_probe(tmp_path, profile_of(tmp_path, "[slurm]"))
+    assert cancelled == ["7"]
+
+
+def test_the_doctor_in_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "runs").write_text("")
+    [found] = list(doctor._allocation(tmp_path / "runs", profile_of(tmp_path, "[slurm]")))
+    assert found.good is False and "cannot be written" in found.text
 
 
 # The ranks.
