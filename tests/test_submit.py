@@ -68,6 +68,11 @@ def test_the_profiles_of_the_repository_are_valid(path):
         ('[slurm]\nsrun_args = ["--export=ALL,MY_TOKEN=secret-value"]', "slurm.srun_args .MY_TOKEN.: looks like a sec"),
         ('[slurm.extra]\ncomment = "PASSWORD=secret-value"', "slurm.extra.comment .PASSWORD.: looks like a secret"),
         ('[slurm.extra]\nexport = "NONE"', "slurm.extra.export = 'NONE': is set by this package"),
+        (
+            '[slurm.extra]\nslurm_mem_per_gpu = "4G"',
+            "slurm_mem_per_gpu = .*; write mem_per_gpu",
+        ),
+        ("[slurm]\nextra = 3", r"slurm.extra = 3: .*by its long name$"),
         ("[slurm.extra]\nexclusive = false", "slurm.extra.exclusive = False: is no option of sbatch"),
         ('[slurm.extra]\n"a\\nb" = 1', "is no option of sbatch"),
         ('[slurm]\npartition = "a\\ntouch /tmp/x"', "slurm.partition = .*: is empty or has a line break in it"),

@@ -161,6 +161,8 @@ def _check_extra(extra: Mapping[str, Any]) -> None:
         key = f"slurm.extra.{name}"
         if not _OPTION.fullmatch(name):
             raise InputError(key, "is no option of sbatch", "write the long name without --, such as mail-type")
+        if name.startswith("slurm_"):  # as submitit calls it
+            raise InputError(key, "is no option of sbatch", f"write {name.removeprefix('slurm_')}", value=value)
         if name.replace("_", "-") in _TAKEN:
             raise InputError(
                 key, "is set by this package", f"use the keys of [slurm], or leave {name} out", value=value
