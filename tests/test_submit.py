@@ -586,6 +586,19 @@ def test_the_doctor_looks_at_the_partition(monkeypatch, partition, said, good, t
     assert good or found.fix
 
 
+def test_the_doctor_judges_what_the_ranks_found():
+    versions = {"torch": "2", "distplateau": "1"}
+    one = {"node": "n1", "token": True, "device": "H200", "versions": versions, "nccl": "2.1", "clock": 100.0}
+    good = {"ranks": [one, one], "latency": 1e-3, "bandwidth": 1e9, "lrs": [0.25, 0.25]}
+    assert all(finding.good for finding in doctor.judge(good))
+    other = {**one, "node": "n2", "token": False, "device": "cpu", "nccl": "2.2", "clock": 102.0}
+    bad = {finding.name: finding for finding in doctor.judge({**good, "ranks": [one, other], "lrs": [0.25, 0.5]})}
+    assert [name for name, finding in bad.items() if finding.good] == ["all-reduce"]
+    assert bad["shared folder"].text == "not seen by n2"
+    assert bad["learning rate"].text == "they come to [0.25, 0.5]"
+    assert all(finding.fix for finding in bad.values() if not finding.good)
+
+
 def test_the_doctors_job_does_not_outlive_the_doctor(tmp_path, monkeypatch):
     import submitit
 
@@ -687,6 +700,85 @@ def test_what_is_wrong_is_said_before_the_queue(tmp_path, arguments, message):
     assert message in line
     assert not (tmp_path / "called").exists()
     assert not list(tmp_path.glob("runs/*/submission"))
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """Stand-ins for Slurm's commands: sbatch gives a job, or refuses it; scontrol says what the test wrote down."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    answers = {
+        "sbatch": "[ -e ../refuse ] && { echo 'invalid account' >&2; exit 1; }; echo Submitted batch job 7",
+        "srun": "exit 1",
+        "scontrol": f"cat {tmp_path}/state",
+        "sacct": "exit 1",
+    }
+    for name, line in answers.items():
+        (folder / name).write_text(f"#!/bin/sh\n{line.replace('..', str(tmp_path))}\n")
+        (folder / name).chmod(0o755)
+    (tmp_path / "state").write_text("JobId=7 JobState=PENDING Restarts=0 ExitCode=0:0")
+    (tmp_path / "p.toml").write_text("[slurm]\n")
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_run_is_queued_once(slurm, capsys):
+    command = ["submit", str(ROOT / "launch/demo.toml"), "--cluster", "p.toml", *SMALL]
+    assert main(command) == 0
+    assert capsys.readouterr().out == f"job 7  {slurm}/runs/demo\n"
+    assert main(command) == 2
+    assert "demo: is being trained by job 7 (PENDING); choose another run.name" in capsys.readouterr().err
+    assert main([*command, "--dry-run"]) == 2
+    (slurm / "state").write_text("JobId=7 JobState=FAILED Restarts=0 ExitCode=1:0")
+    assert main(command) == 0
+    assert jobs.submissions(slurm / "runs" / "demo") == [jobs.Job("7", "p.toml")] * 2
+
+
+def test_what_sbatch_refuses_is_one_line(slurm, capsys):
+    (slurm / "refuse").touch()
+    assert main(["submit", str(ROOT / "launch/demo.toml"), "--cluster", "p.toml", *SMALL]) == 2
+    said = capsys.readouterr().err
+    assert "invalid account" in said and "mend the cluster profile" in said
+    assert [line for line in said.splitlines() if line.startswith("distplateau: sbatch: refused the job")]
+    assert jobs.submissions(slurm / "runs" / "demo") == []
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(slurm, capsys):
+    before = sorted(slurm.rglob("*"))
+    command = ["submit", str(ROOT / "launch/demo.toml"), "--cluster", "p.toml", "--dry-run", *SMALL]
+    assert main(command) == 0
+    script = capsys.readouterr().out
+    assert script.startswith("#!/bin/bash\n")
+    assert f"export PYTHONPATH={slurm}/runs/demo/submission/code" in script and "export PYTHONSAFEPATH=1\n" in script
+    assert main([*command, "--grid", "schedule.patience=1,2", "--grid", "run.seed=1,2"]) == 0
+    assert "#SBATCH --array=0-3%4\n" in capsys.readouterr().out
+    assert sorted(slurm.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "said"),
+    [
+        (0, "RUNNING", "not queued again: it is done"),
+        (1, "RUNNING", "is queued again (3 of 9), from the newest whole checkpoint"),
+        (75, "CANCELLED", "not queued again: it was cancelled"),
+    ],
+)
+def test_the_end_of_a_batch_script(slurm, monkeypatch, capsys, code, state, said):
+    (slurm / "state").write_text(f"JobId=7 JobState={state} Restarts=2 ExitCode=0:0")
+    monkeypatch.setattr(requeue, "_KILL_SECONDS", 0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert requeue.main([str(slurm / "run"), str(code), "9"]) == code
+    assert said in capsys.readouterr().err
+
+
+def test_a_task_of_an_array_is_queued_again_on_its_own(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert requeue.own_job_id() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "9")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    assert requeue.own_job_id() == "9_0"
 
 
 def test_without_sbatch_the_way_out_is_named(tmp_path):
