@@ -675,6 +675,29 @@ def test_on_this_machine_it_runs_to_its_end(tmp_path):
     assert "epoch 1/1" in followed.stdout
 
 
+def test_a_sweep_on_this_machine_trains_every_run(tmp_path):
+    """One after the other in the same process; the one in the middle fails and keeps none from its turn."""
+    (tmp_path / "mine.py").write_text(
+        "import torch\n\ndef build(num_classes, width):\n"
+        "    layers = torch.nn.Flatten(), torch.nn.Linear(64, num_classes)\n"
+        "    if width == 2:\n"
+        "        layers[1].register_forward_hook(fail)\n"
+        "    return torch.nn.Sequential(*layers)\n\n\n"
+        "def fail(module, *_):\n"
+        "    if module.training:\n        raise RuntimeError('broken on purpose')\n"
+    )
+    done = distplateau("submit", ROOT / "launch/demo.toml", "--cluster", "local", "--wait", "--model.name",
+                       "mine:build", "--training.epochs", "1", "--tracking.wandb", "disabled",
+                       "--model.args", "{width=1}", "--grid", "model.args.width=1,2,3", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    states = {row.run: row.state for row in jobs.overview(tmp_path / "runs")}
+    assert {name.rpartition("=")[2]: state == "finished" for name, state in states.items()} == {
+        "1": True,
+        "2": False,
+        "3": True,
+    }, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
