@@ -209,14 +209,14 @@ def signalling(short_folder):
 @pytest.mark.cluster
 @pytest.mark.parametrize("partition", ["low", "abrupt"])
 def test_preempted_with_the_signal_that_it_asked_for(signalling, whole, tmp_path, partition):
-    """PreemptParameters=send_user_signal; without grace there is no time for the signal to matter."""
+    """PreemptParameters=send_user_signal: with grace instead of SIGTERM, without grace Slurm does not heed it."""
     runs = Runs(signalling, tmp_path)
     job = runs.submit("signalled", partition=partition)
     runs.wait_for_validation("signalled", 5)
     signalling.preempt(runs.folder)
     assert_survived(runs, whole, "signalled", job)
     stops = [event["reason"] for event in runs.events("signalled") if event["event"] == "interrupted"]
-    assert stops == (["SIGUSR2"] if partition == "low" else [])
+    assert stops == ["SIGUSR2"] if partition == "low" else set(stops) <= {"SIGTERM"}
 
 
 @pytest.mark.cluster
@@ -288,7 +288,7 @@ def test_nobody_finds_a_key_and_nobody_writes_into_a_run(runs, monkeypatch):
     said = runs.cluster.run("scontrol", "show", "job", "--details", job)
     script = runs.cluster.run("scontrol", "write", "batch_script", job, "-")
     for text in (commands, said, script):
-        assert str(runs.folder) in text and marker not in text
+        assert str(runs.folder.parent) in text and marker not in text
     assert runs.finish("closed", job) == ["start", "finished"]
     paths = list((runs.folder / "runs" / "closed").rglob("*"))
     assert len([path for path in paths if path.suffix == ".pkl"]) >= 4
