@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -19,15 +18,24 @@ if TYPE_CHECKING:
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 
 
+_AFTERWARDS = {
+    "train": "; the same command continues from the newest checkpoint",
+    "submit": "; what has been submitted goes on: see distplateau jobs",
+    "jobs": "; the jobs go on",
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 wrong input, 75 interrupted and resumable."""
+    command = ""
     try:
         options, rest = build_parser().parse_known_args(argv)
+        command = options.command
         return _COMMANDS[options.command](options, rest)
     except InputError as error:
         return _refuse(error)
     except KeyboardInterrupt:
-        _print_once("interrupted; the same command continues from the newest checkpoint")
+        _print_once(f"interrupted{_AFTERWARDS.get(command, '')}")
         return INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone (`| head`); flushing at exit must not complain either.
@@ -77,13 +85,28 @@ def _jobs(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.cluster import jobs
 
     if options.cancel is not None:
-        for run_dir in jobs.find_runs(options.cancel):
-            sys.stdout.write(f"cancelled job {jobs.cancel(run_dir)} of {run_dir}\n")
-        return DONE
+        return _cancel(jobs.find_runs(options.cancel))
     if options.follow is not None:
         return jobs.follow(options.follow, lambda text: (sys.stdout.write(text), sys.stdout.flush()))
     jobs.print_table(jobs.overview(options.folder))
     return DONE
+
+
+def _cancel(run_dirs: list[Path]) -> int:
+    """Cancel the jobs of all runs; one that cannot be cancelled keeps no other alive."""
+    from distplateau.cluster import jobs
+
+    refused = None
+    cancelled = set()
+    for run_dir in run_dirs:
+        try:
+            job = jobs.cancel(run_dir, cancelled)
+            sys.stdout.write(f"cancelled job {job.job_id} of {run_dir}\n")
+            cancelled.add(job)
+        except InputError as error:
+            sys.stderr.write(f"distplateau: {error}\n")
+            refused = error
+    return WRONG_INPUT if refused else DONE
 
 
 def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
@@ -103,15 +126,35 @@ def _doctor(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _grid(texts: list[str]) -> dict[str, list[str]]:
-    """Read ``section.key=a,b,c``; a list in brackets is one value."""
+    """Read ``section.key=a,b,c``; a list, an inline table or a quoted string is one value."""
     grid = {}
     for text in texts:
         key, equals, values = text.partition("=")
-        parts = [part.strip() for part in re.split(r",(?![^\[]*\])", values)]
+        key = key.strip()
+        parts = _split(values)
         if not equals or "." not in key or not all(parts):
             raise InputError("--grid", "is no key with values", "write --grid section.key=a,b,c", value=text)
+        if key in grid:
+            raise InputError("--grid", f"has {key} twice", f"write --grid {key}=a,b,c once", value=text)
         grid[key] = list(dict.fromkeys(parts))
     return grid
+
+
+def _split(text: str) -> list[str]:
+    """Split at the commas that stand outside of brackets, braces and quotes."""
+    parts, depth, quote = [""], 0, ""
+    for sign in text:
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'" and parts[-1].rstrip()[-1:] in {"", "=", "[", "{", ","}:  # not the one in it's
+            quote = sign
+        else:
+            depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth <= 0 and not quote:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return [part.strip() for part in parts]
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
 
 from distplateau.errors import InputError, closest
 from distplateau.lockstep.schedules import SCHEDULES
@@ -399,7 +400,7 @@ def dotted_keys(model: type[Section] | None = None) -> dict[str, str]:
             keys[section] = field.description or ""
             continue
         for name, inner in inner_model.model_fields.items():
-            default = "" if inner.default is None else f"  [{inner.default}]"
+            default = "" if inner.default in (None, PydanticUndefined) else f"  [{inner.default}]"
             keys[f"{section}.{name}"] = f"{inner.description or ''}{default}"
     return keys
 

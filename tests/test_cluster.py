@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ GLOO_SOCKET_IFNAME = "lo"
 DEFAULTS = {
     "nodes": 2, "partition": "low", "time": "00:10:00", "delay": "20s", "max_requeues": 5, "env": "",
 }  # fmt: skip
-EPOCHS, LONG = 30, 100
+EPOCHS, LONG, SWEEP_EPOCHS = 30, 100, 4
 
 
 class Runs:
@@ -149,17 +150,19 @@ class TestSurvives:
         runs.cluster.preempt(runs.folder)
         assert_survived(runs, whole, "abrupt", job)
 
-    def test_preemption_with_the_users_signal(self, runs, whole):
-        """The signal of the time limit comes at once, and SIGTERM only after the grace time."""
+    @pytest.mark.parametrize("partition", ["low", "abrupt"])
+    def test_preemption_with_the_users_signal(self, runs, whole, partition):
+        """It comes at once, and SIGTERM only after the grace time; without grace Slurm does not heed the setting."""
         old = int(runs.cluster.run("scontrol", "--version").split()[1].split(".")[0]) < 23
         send = "SlurmctldParameters=preempt_send_user_signal" if old else "PreemptParameters=send_user_signal"
+        name = f"told-{partition}"
         with runs.cluster.setting(send):
-            job = runs.submit("told")
-            runs.wait_for_validation("told", 5)
+            job = runs.submit(name, partition=partition)
+            runs.wait_for_validation(name, 5)
             runs.cluster.preempt(runs.folder)
-            assert_survived(runs, whole, "told", job)
-        [stop] = [event for event in runs.events("told") if event["event"] == "interrupted"]
-        assert stop["reason"] == "SIGUSR2"
+            assert_survived(runs, whole, name, job)
+        stops = [event["reason"] for event in runs.events(name) if event["event"] == "interrupted"]
+        assert stops == ["SIGUSR2"] if partition == "low" else set(stops) <= {"SIGTERM"}
 
     def test_the_time_limit(self, runs):
         """A run of several minutes' worth of limits; the signal comes half a minute before each."""
@@ -244,11 +247,44 @@ class TestGivesUp:
 @pytest.mark.cluster
 def test_a_sweep_is_an_array_with_a_folder_for_each_run(runs):
     job = runs.submit("sweep", "--grid", "schedule.patience=0,1,3", "--grid", "schedule.factor=0.1,0.5",
-                      "--training.epochs", "5", nodes=1)  # fmt: skip
+                      "--training.epochs", str(SWEEP_EPOCHS), nodes=1)  # fmt: skip
     folders = sorted(path.name for path in (runs.folder / "runs" / "sweep").iterdir() if "=" in path.name)
     assert folders == [f"patience={p},factor={f}" for p in (0, 1, 3) for f in (0.1, 0.5)]
-    runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
     assert job.endswith("_0")
+    task = job.removesuffix("0") + "3"
+    runs.wait_for_validation(f"sweep/{folders[3]}", 1)
+    runs.cluster.run("scontrol", "requeue", task)
+    runs.cluster.wait_for(lambda: all(_is_done(runs.folder / "runs/sweep" / name) for name in folders), 240)
+    restarts = [runs.cluster.restarts(f"{job.removesuffix('0')}{number}") for number in range(6)]
+    assert restarts == [0, 0, 0, 1, 0, 0]  # a task of its own
+    assert len(runs.trace(f"sweep/{folders[3]}")) == SWEEP_EPOCHS
+
+
+@pytest.mark.cluster
+def test_nobody_finds_a_key_and_nobody_writes_into_a_run(runs, monkeypatch):
+    """Submitted by a shell without any umask, with a key in its environment."""
+    marker = "c0ffee" * 7
+    monkeypatch.setenv("WANDB_API_KEY", marker)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host")  # of another job
+    monkeypatch.setenv("MASTER_PORT", "1")
+    before = os.umask(0)
+    try:
+        job = runs.submit("closed", epochs=10)
+    finally:
+        os.umask(before)
+    for key in ("WANDB_API_KEY", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(key)
+    runs.wait_for_validation("closed", 1)
+    commands = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
+    said = runs.cluster.run("scontrol", "show", "job", "--details", job)
+    script = runs.cluster.run("scontrol", "write", "batch_script", job, "-")
+    for text in (commands, said, script):
+        assert str(runs.folder.parent) in text and marker not in text
+    assert runs.finish("closed", job) == ["start", "finished"]
+    paths = list((runs.folder / "runs" / "closed").rglob("*"))
+    assert len([path for path in paths if path.suffix == ".pkl"]) >= 4
+    assert not [path for path in paths if path.is_file() and marker.encode() in path.read_bytes()]
+    assert not [path for path in paths if path.lstat().st_mode & 0o002 and not path.is_symlink()]
 
 
 @pytest.mark.cluster

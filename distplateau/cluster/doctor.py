@@ -100,8 +100,6 @@ def _disk(runs: Path) -> Finding:
 
 
 def _wandb() -> Finding:
-    from wandb import Api  # noqa: F401 - says whether it is installed
-
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
     parts = urlsplit(url)
     try:
@@ -122,38 +120,56 @@ def _slurm_tools() -> Iterator[Finding]:
 
 
 def _version() -> str:
-    done = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "sbatch says nothing"
+    return (queue.ask(["sbatch", "--version"]) or "").strip() or "sbatch says nothing"
 
 
 def _slurm_settings(profile: Profile) -> Iterator[Finding]:
     """Look for settings that would lose work."""
-    config = _pairs(_scontrol("show", "config"))
+    config = _pairs(queue.ask(["scontrol", "show", "config"]) or "")
     if not config:
         yield Finding("controller", False, "scontrol show config gives no answer", "is slurmctld up? try sinfo")
         return
     requeue = config.get("JobRequeue", "1") == "1"
     yield Finding("requeue", requeue or None, f"JobRequeue = {config.get('JobRequeue')}; jobs ask for it themselves")
-    partition = _pairs(_scontrol("show", "partition", "--oneliner", *_partition(profile)))
-    mode = partition.get("PreemptMode") or config.get("PreemptMode", "OFF")
-    grace = int(re.sub(r"\D", "", partition.get("GraceTime", "0")) or 0)
-    name = partition.get("PartitionName", "the default partition")
-    if mode.startswith("OFF"):
-        yield Finding("preemption", True, f"{name} is not preempted")
-    else:
-        text = f"{name}: PreemptMode = {mode}, {grace} s of grace"
-        fix = f'below {_LEAST_GRACE} s a large checkpoint is not whole in time: set checkpoint.every = "10 min"'
-        yield Finding("preemption", grace >= _LEAST_GRACE, text, fix)
+    wanted = profile.slurm.partition.split(",") if profile.slurm.partition else [None]
+    for name in wanted:
+        yield _preemption(name, config)
     kill_wait = int(re.sub(r"\D", "", config.get("KillWait", "30")) or 0)
     delay = profile.slurm.signal_seconds
     text = f"signal {delay} s before the limit, KillWait = {kill_wait} s"
     yield Finding("time limit", delay >= _LEAST_GRACE, text, f'set slurm.signal_delay to "{_LEAST_GRACE}s" or more')
 
 
+def _preemption(name: str | None, config: dict[str, str]) -> Finding:
+    """Look at one partition, the default one for None."""
+    found = queue.ask(["scontrol", "show", "partition", "--oneliner", *([name] if name else [])])
+    partition = _pairs(found or "")
+    if not partition or (name is None and partition.get("Default") != "YES"):
+        text = f"there is no partition {name}" if name else "there is no default partition"
+        return Finding("partition", False, text, "set slurm.partition to one that `sinfo -s` shows")
+    name = partition["PartitionName"]
+    mode = partition.get("PreemptMode") or config.get("PreemptMode", "OFF")
+    if mode.startswith("OFF"):
+        return Finding("preemption", True, f"{name} is not preempted")
+    if "SUSPEND" in mode:
+        text = f"{name}: PreemptMode = {mode} halts ranks in the middle of a step; the other ranks then time out"
+        return Finding("preemption", False, text, "ask for PreemptMode=REQUEUE, or use another partition")
+    grace = partition.get("GraceTime", "0")
+    text = f"{name}: PreemptMode = {mode}, {grace} s of grace"
+    fix = f'below {_LEAST_GRACE} s a large checkpoint is not whole in time: set checkpoint.every = "10 min"'
+    enough = grace == "UNLIMITED" or int(re.sub(r"\D", "", grace) or 0) >= _LEAST_GRACE
+    return Finding("preemption", enough, text, fix)
+
+
 def _allocation(runs: Path, profile: Profile) -> Iterator[Finding]:
     """Run the probe in an allocation of the profile's size and read what it found."""
-    runs.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=runs.absolute()))
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=runs.absolute()))
+    except OSError as error:
+        fix = "name a folder that you may write to: --runs DIR"
+        yield Finding("allocation", False, f"{runs} cannot be written ({error.strerror})", fix)
+        return
     try:
         begin = time.monotonic()
         problem = _run_probe(folder, profile)
@@ -180,7 +196,7 @@ def judge(found: dict[str, Any]) -> Iterator[Finding]:
     yield Finding("shared folder", not blind, text, "put run.dir on a file system that all nodes mount")
     devices = sorted({rank["device"] for rank in ranks})
     yield Finding("ranks", len(devices) == 1, f"{len(ranks)} on {', '.join(devices)}", "ask for nodes of one kind")
-    versions = {json.dumps(rank["versions"], sort_keys=True) for rank in ranks}
+    versions = {json.dumps({**rank["versions"], "nccl": rank.get("nccl")}, sort_keys=True) for rank in ranks}
     yield Finding("versions", len(versions) == 1, " | ".join(sorted(versions)), "use one environment on all nodes")
     clocks = [rank["clock"] for rank in ranks]
     skew = max(clocks) - min(clocks)
@@ -208,11 +224,21 @@ def _run_probe(folder: Path, profile: Profile) -> str | None:
     except (FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
         raise InputError("sbatch", f"refused the job ({said})", "mend the cluster profile") from None
-    ended = _wait(lambda: (state := queue.job_state(job_id)) is None or state.has_ended)
+    ended = False
+    try:
+        ended = _wait(lambda: _is_over(job_id, folder))
+    finally:
+        if not ended:  # Ctrl-C among the reasons
+            queue.cancel(job_id)
     if not ended:
-        queue.cancel(job_id)
         return f"job {job_id} did not end within {_PROBE_WAIT_S // 60} minutes"
     return f"job {job_id} failed"
+
+
+def _is_over(job_id: str, folder: Path) -> bool:
+    """Return whether the job has left; where nobody can be asked, whether its findings are there."""
+    state = queue.job_state(job_id)
+    return (folder / "findings.json").exists() if state is None else state.has_ended
 
 
 def _wait(is_over: Callable[[], bool]) -> bool:
@@ -222,15 +248,6 @@ def _wait(is_over: Callable[[], bool]) -> bool:
             return True
         time.sleep(1)
     return False
-
-
-def _partition(profile: Profile) -> list[str]:
-    return [profile.slurm.partition.split(",")[0]] if profile.slurm.partition else []
-
-
-def _scontrol(*arguments: str) -> str:
-    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False, timeout=30)
-    return done.stdout if done.returncode == 0 else ""
 
 
 def _pairs(text: str) -> dict[str, str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fnmatch
+import os
 import shutil
+import stat
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +20,12 @@ if TYPE_CHECKING:
 _LARGEST_FILE = 2 * 2**20
 _LARGEST_SUM = 200 * 2**20
 _SKIPPED = frozenset({"__pycache__", "node_modules", "venv", "env", "runs", "wandb", "data"})
+# What holds keys by custom. Many folders have one that is not ignored, and a run folder is shown around.
+_SECRET_FILES = (
+    ".env", ".env.*", ".envrc", ".netrc", "*.pem", "*.key",
+    "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials.json",
+)  # fmt: skip
+_NO_SECRETS = [f":(top,exclude,glob)**/{name}" for name in _SECRET_FILES]
 
 
 def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
@@ -37,11 +46,14 @@ def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
         make_private(target)
         _copy_package(target / "code")
         if uses_own_code(config):
-            _copy_folder(folder, target / "code")
+            _copy_folder(folder, target / "code", Path(config.run.dir).expanduser().absolute())
         for name, text in _git_state(folder).items():
-            (target / name).write_text(text, encoding="utf-8")
+            (target / name).unlink(missing_ok=True)  # of the submission before
+            if text is not None:
+                (target / name).write_text(text, encoding="utf-8")
         path = target / "config.toml"
         path.write_text(dump_config(_absolute(config)), encoding="utf-8")
+        make_private(target)  # copies have the mode of what they are copies of
     except OSError as error:
         raise InputError(
             str(target), f"cannot be written ({error.strerror or error})", "choose another run.dir"
@@ -50,9 +62,27 @@ def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that others cannot write to, whatever the umask is."""
-    folder.mkdir(parents=True, exist_ok=True)
-    folder.chmod(folder.stat().st_mode & ~0o002)
+    """Make a folder that others cannot write to, and take away their right to write into what lies there already.
+
+    A job loads a pickle and code from there: who may write to them may run what they like as its user.
+
+    Raises
+    ------
+    InputError
+        If the folder cannot be made, or belongs to somebody else.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.stat().st_uid != os.geteuid():
+            raise InputError(str(folder), "belongs to another user", "choose another run.dir or run.name")
+        for path in [folder, *folder.rglob("*")]:
+            mode = path.lstat().st_mode
+            if mode & stat.S_IWOTH and not stat.S_ISLNK(mode):
+                path.chmod(stat.S_IMODE(mode) & ~stat.S_IWOTH)
+    except OSError as error:
+        raise InputError(
+            str(folder), f"cannot be written ({error.strerror or error})", "choose another run.dir"
+        ) from error
 
 
 def uses_own_code(config: Config) -> bool:
@@ -74,42 +104,62 @@ def _copy_package(target: Path) -> None:
     shutil.copytree(source, target / "distplateau", ignore=shutil.ignore_patterns("__pycache__"))
 
 
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copy the user's folder: what git knows or does not ignore, else all but the usual byproducts."""
+def _copy_folder(source: Path, target: Path, runs: Path) -> None:
+    """Copy the user's folder: what git knows or does not ignore, else all but the usual byproducts, and no runs."""
     total = 0
-    for path in _files(source):
+    for path in _files(source, runs):
         size = path.stat().st_size
         if size > _LARGEST_FILE and path.suffix != ".py":
             continue
         total += size
         if total > _LARGEST_SUM:
             raise InputError(str(source), "holds more than 200 MiB of code", "submit from the folder of the code alone")
-        copy = target / path.relative_to(source)
+        copy = target / path.relative_to(source.absolute())
         if copy.is_relative_to(target / "distplateau"):
             continue  # copied from where it is imported
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
 
 
-def _files(folder: Path) -> list[Path]:
-    listed = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    if listed is not None:
-        paths = [folder / name for name in listed.split("\0") if name]
+def _files(folder: Path, runs: Path) -> list[Path]:
+    # Submodules are listed only with what is committed, and need a call of their own.
+    known = _git(folder, "ls-files", "-z", "--cached", "--recurse-submodules")
+    new = _git(folder, "ls-files", "-z", "--others", "--exclude-standard")
+    if known is not None and new is not None:
+        paths = {folder.absolute() / name for name in (known + new).split("\0") if name}
     else:
-        paths = [path for path in folder.rglob("*") if not _is_byproduct(path.relative_to(folder))]
-    return sorted(path for path in paths if path.is_file())
+        paths = {
+            path for path in folder.absolute().rglob("*") if not _is_byproduct(path.relative_to(folder.absolute()))
+        }
+    # Earlier runs hold copies of this folder, and this one does soon.
+    skipped = {path.parent for path in paths if path.name == "ledger.jsonl"}
+    skipped |= {path.parent for path in paths if path.match("submission/config.toml")}
+    # Unless this folder is that of the runs.
+    skipped |= set() if folder.absolute().is_relative_to(runs) else {runs}
+    return sorted(
+        path
+        for path in paths
+        if path.is_file() and not _is_secret(path) and skipped.isdisjoint(path.absolute().parents)
+    )
 
 
 def _is_byproduct(path: Path) -> bool:
     return any(part in _SKIPPED or part.startswith(".") for part in path.parts)
 
 
-def _git_state(folder: Path) -> dict[str, str]:
+def _is_secret(path: Path) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SECRET_FILES)
+
+
+def _git_state(folder: Path) -> dict[str, str | None]:
     """Return the commit and what was changed since, for the record; they are not sent anywhere."""
     commit = _git(folder, "rev-parse", "HEAD")
     if commit is None:
-        return {}
-    return {"commit.txt": commit, "diff.patch": _git(folder, "diff", "HEAD") or ""}
+        return {"commit.txt": None, "diff.patch": None}
+    # What can be applied again, whatever the user's settings for looking at it are.
+    plain = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=diff")
+    # From the top of the repository, less what is not copied either.
+    return {"commit.txt": commit, "diff.patch": _git(folder, "diff", *plain, "HEAD", "--", ":/", *_NO_SECRETS) or ""}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

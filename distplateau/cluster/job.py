@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import traceback
 from typing import TYPE_CHECKING
 
 from distplateau.errors import InputError
@@ -67,10 +68,25 @@ def run_in_turn(payloads: Sequence[tuple[str, str]], ports: Sequence[int]) -> No
             run(config, code, port)
         except SystemExit as stop:
             codes.append(stop.code if isinstance(stop.code, int) else 1)
+        except Exception:
+            traceback.print_exc()
+            codes.append(1)
         if codes[-1] == _INTERRUPTED:
             raise SystemExit(_INTERRUPTED)
+        _forget_ranks()
     if max(codes):
         raise SystemExit(max(codes))
+
+
+def _forget_ranks() -> None:
+    """Let the next run of this process join a group of its own: Accelerate keeps the first one's for good."""
+    import torch.distributed as dist
+    from accelerate.state import AcceleratorState, GradientState
+
+    if dist.is_initialized():  # the run failed
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def rank_environment(environ: Mapping[str, str], hostnames: Sequence[str], port: int | None) -> dict[str, str]:

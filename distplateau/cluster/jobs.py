@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -19,13 +21,17 @@ from distplateau.record.ledger import History, read_ledger
 from distplateau.record.words import duration, metric_text, rates_text, short
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
 JOBS_FILE = "jobs.jsonl"
 LOCAL = "local"
 COLUMNS = ("run", "job", "state", "nodes", "epoch", "lr", "best", "requeues", "left")
+_JOB_ID = re.compile(r"[1-9]\d*(?:_\d+)?", re.ASCII)
+_CONTROLLER = b"submitit.local._local"
 _DEPTH = 3
 _POLL_SECONDS = 1.0
+_ALIKE = 3
+_ASK_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,10 @@ class Job:
             return queue.cancel(self.job_id)
         if _process_state(int(self.job_id)).has_ended:
             return "it is not running"
-        os.kill(int(self.job_id), signal.SIGINT)  # submitit's controller ends its processes
+        try:
+            os.kill(int(self.job_id), signal.SIGINT)  # submitit's controller ends its processes
+        except OSError as error:
+            return str(error.strerror)
         return None
 
 
@@ -80,9 +89,12 @@ def submissions(run_dir: Path) -> list[Job]:
     for line in lines:
         try:
             event = json.loads(line)
-            found.append(Job(str(event["job_id"]), str(event["cluster"])))
+            job = Job(str(event["job_id"]), str(event["cluster"]))
         except (ValueError, LookupError, TypeError):
             continue  # torn when it was written
+        # It becomes an argument of scontrol and scancel.
+        if _JOB_ID.fullmatch(job.job_id):
+            found.append(job)
     return found
 
 
@@ -100,29 +112,44 @@ def find_runs(folder: Path) -> list[Path]:
 
 
 def overview(folder: Path) -> list[Row]:
-    """Return a row for each run below a folder. Asks Slurm for all of them side by side."""
+    """Return a row for each run below a folder.
+
+    Asks Slurm for those that are not finished, several at a time, and stops asking when that has taken a minute.
+    """
     runs = find_runs(folder)
+    deadline = time.monotonic() + _ASK_SECONDS
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda run_dir: describe(run_dir, folder), runs))
+        return list(pool.map(lambda run_dir: describe(run_dir, folder, ask=time.monotonic() < deadline), runs))
 
 
-def describe(run_dir: Path, folder: Path) -> Row:
-    """Return the row of one run, named as seen from `folder`."""
+def describe(run_dir: Path, folder: Path, *, ask: bool = True) -> Row:
+    """Return the row of one run, named as seen from `folder`; `ask` Slurm for it, unless it is finished."""
     name = str(run_dir.relative_to(folder)) if run_dir != folder else run_dir.name
     jobs = submissions(run_dir)
-    state = jobs[-1].state() if jobs else None
-    try:
-        history = read_ledger(run_dir)
-    except InputError:
-        history = None
+    history, cells = _read(run_dir)
+    finished = history is not None and history.finished is not None
+    state = jobs[-1].state() if jobs and ask and not finished else None
+    if state is not None:
+        cells["requeues"] = str(max(state.restarts, int(cells["requeues"])))
     return Row(
         run=name,
         job=jobs[-1].job_id if jobs else "-",
         state=_state_text(state, history, is_job=bool(jobs)),
         nodes=(state.nodes if state else "") or "-",
-        requeues=str(_requeues(history, state)),
-        **(_progress(history) if history else {}),
+        **cells,
     )
+
+
+def _read(run_dir: Path) -> tuple[History | None, dict[str, str]]:
+    """Return a run's ledger, and the cells that follow from it; one that is damaged must not hide all other runs."""
+    try:
+        history = read_ledger(run_dir)
+    except (InputError, OSError, RecursionError):
+        return None, {"requeues": "0"}
+    try:
+        return history, {"requeues": str(_requeues(history)), **_progress(history)}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return history, {"requeues": "0", "epoch": "damaged"}
 
 
 def follow(run_dir: Path, write: Callable[[str], object]) -> int:
@@ -134,35 +161,58 @@ def follow(run_dir: Path, write: Callable[[str], object]) -> int:
         If no job was submitted for the run.
     """
     job = _last_job(run_dir)
-    offset = 0
-    while True:
-        state = job.state()
-        over = state is None or state.has_ended
+    offset, decoder = 0, codecs.getincrementaldecoder("utf-8")("replace")
+    last = None
+    for state in states(job):
+        last = state
         log = next((path for path in _logs(run_dir, job.job_id) if path.exists()), None)
-        if log is not None:
-            with log.open("rb") as file:
-                file.seek(offset)
-                text = file.read()
-            offset += len(text)
-            write(text.decode("utf-8", errors="replace"))
-        if over:
-            return exit_code(run_dir, state)
-        time.sleep(_POLL_SECONDS)
+        if log is None:
+            continue
+        with log.open("rb") as file:
+            file.seek(offset)
+            text = file.read()
+        offset += len(text)
+        write(decoder.decode(text))
+    return exit_code(run_dir, last)
 
 
-def cancel(run_dir: Path) -> str:
-    """End the job of a run for good, and return its id; the run itself can be submitted again.
+def states(job: Job) -> Iterator[JobState | None]:
+    """Yield what becomes of a job, about every second, until it has ended for good or nobody knows it any more.
+
+    One answer is not enough: a job that is about to be requeued shows its end for a moment, and a controller that
+    restarts is silent for some seconds.
+    """
+    alike = 0
+    while alike < _ALIKE:
+        state = job.state()
+        alike = alike + 1 if state is None or state.has_ended else 0
+        yield state
+        if alike < _ALIKE:
+            time.sleep(_POLL_SECONDS)
+
+
+def cancel(run_dir: Path, cancelled: Collection[Job] = ()) -> Job:
+    """End the job of a run for good, and return it; the run itself can be submitted again.
+
+    Parameters
+    ----------
+    cancelled
+        Jobs that were told so already: on one machine the runs of a sweep share one.
 
     Raises
     ------
     InputError
-        If there is no such job, or Slurm refuses.
+        If there is no such job, it has ended, or Slurm refuses.
     """
     job = _last_job(run_dir)
-    problem = job.cancel()
+    if job in cancelled:
+        return job
+    state = job.state()
+    # scancel is silent about a job that has ended.
+    problem = f"it has ended: {state.name}" if state is not None and state.has_ended else job.cancel()
     if problem is not None:
         raise InputError(str(run_dir), f"job {job.job_id} cannot be cancelled ({problem})", "see distplateau jobs")
-    return job.job_id
+    return job
 
 
 def exit_code(run_dir: Path, state: JobState | None) -> int:
@@ -196,7 +246,11 @@ def _walk(folder: Path, depth: int) -> Iterator[Path]:
         yield folder
         return
     if depth:
-        for child in folder.iterdir():
+        try:
+            children = list(folder.iterdir())
+        except OSError:
+            return  # somebody else's
+        for child in children:
             if child.is_dir() and not child.name.startswith("."):
                 yield from _walk(child, depth - 1)
 
@@ -212,16 +266,18 @@ def _state_text(state: JobState | None, history: History | None, *, is_job: bool
 
 def _process_state(pid: int) -> JobState:
     try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
+        return JobState("COMPLETED")
+    # The number may be another process's by now, after a reboot above all.
+    if _CONTROLLER not in command:
         return JobState("COMPLETED")
     return JobState("COMPLETED" if stat.rpartition(")")[2].split()[0] == "Z" else "RUNNING", "this machine")
 
 
-def _requeues(history: History | None, state: JobState | None) -> int:
-    events = history.events if history else []
-    counted = [int(event.get("restart_count") or 0) for event in events if event["event"] == "resumed"]
-    return max([*counted, state.restarts if state else 0])
+def _requeues(history: History) -> int:
+    return max([0, *(int(event.get("restart_count") or 0) for event in history.events if event["event"] == "resumed")])
 
 
 def _progress(history: History) -> dict[str, str]:

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 from distplateau.config import Positive, Section, parse_model, read_toml
 from distplateau.errors import InputError
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?")
 _DELAY = re.compile(r"(?P<seconds>[1-9]\d*) ?s")
 _NODES = re.compile(r"(?P<least>[1-9]\d*)-(?P<most>[1-9]\d*)")
-_SECRET = re.compile(r"key|token|secret|password|passwd|credential", re.IGNORECASE)
+# Whole words between underscores: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM are no secrets.
+_SECRET = re.compile(
+    r"(?:^|_)(?:(?:API|ACCESS|PRIVATE|SECRET|AUTH)?KEY|(?:AUTH)?TOKEN|PAT|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|PW"
+    r"|CREDENTIALS?)S?(?:$|_)",
+    re.IGNORECASE,
+)
+_ASSIGNMENT = re.compile(r"(?<![\w$])(?:--)?(?P<name>[A-Za-z_][\w-]*)=(?P<value>[^\s\"'$]|[\"'][^$])")
+_OPTION = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 # What this package has a word of its own for, or would be broken by.
 _TAKEN = frozenset(
     "array cpus-per-task mincpus error gpus-per-node job-name nodes ntasks ntasks-per-node open-mode output requeue "
     "no-requeue "
-    "signal time partition account qos constraint mem gres exclude reservation".split()
+    "signal time partition account qos constraint mem gres exclude reservation "
+    # sbatch would answer, wait or run otherwise than submitit understands; --export=NONE takes the environment away
+    "export export-file help hold parsable quiet test-only usage version wait wrap".split()
 )
 
 
@@ -99,6 +111,13 @@ class SlurmSection(Section):
         return self.nodes if isinstance(self.nodes, int) else int(self.nodes.split("-")[1])
 
     @property
+    def has_gpus(self) -> bool:
+        """Return whether the ranks will find a GPU, as far as the profile says so."""
+        on_cpu = self.env.get("ACCELERATE_USE_CPU", "").lower() in {"1", "true", "yes"}
+        asked = self.gpus_per_node or "gpu" in (self.gres or "") or any(key.startswith("gpu") for key in self.extra)
+        return bool(asked) and not on_cpu
+
+    @property
     def most_ranks(self) -> int:
         """Return how many ranks the job may have."""
         return self.most_nodes * self.tasks_per_node
@@ -123,20 +142,58 @@ def load_profile(path: str | Path) -> Profile:
     """
     profile = parse_model(Profile, read_toml(Path(path), "a cluster profile, as in slurm/"))
     section = profile.slurm
-    for name, value in section.extra.items():
-        key = f"slurm.extra.{name}"
-        if name.replace("_", "-") in _TAKEN:
-            raise InputError(
-                key, "is set by this package", f"use the keys of [slurm], or leave {name} out", value=value
-            )
-        if not isinstance(value, str | int | bool):
-            raise InputError(key, "is no option of sbatch", "give a string, a number or true", value=value)
-    for name in section.env:
-        if _SECRET.search(name):
-            # Without its value, which would go to a log.
-            problem = "looks like a secret, and would be written into the batch script"
-            raise InputError(f"slurm.env.{name}", problem, "leave it in the environment, which jobs inherit")
+    _check_extra(section.extra)
+    _check_lines(section)
+    _check_secrets(profile)
     if section.signal_seconds >= 60 * section.minutes:
         problem = f"is not shorter than the limit of {section.time}"
         raise InputError("slurm.signal_delay", problem, "ask for more time", value=section.signal_delay)
     return profile
+
+
+def looks_secret(name: str) -> bool:
+    """Return whether a variable of that name holds what nobody else must see."""
+    return _SECRET.search(name.replace("-", "_")) is not None
+
+
+def _check_extra(extra: Mapping[str, Any]) -> None:
+    for name, value in extra.items():
+        key = f"slurm.extra.{name}"
+        if not _OPTION.fullmatch(name):
+            raise InputError(key, "is no option of sbatch", "write the long name without --, such as mail-type")
+        if name.startswith("slurm_"):  # as submitit calls it
+            raise InputError(key, "is no option of sbatch", f"write {name.removeprefix('slurm_')}", value=value)
+        if name.replace("_", "-") in _TAKEN:
+            raise InputError(
+                key, "is set by this package", f"use the keys of [slurm], or leave {name} out", value=value
+            )
+        # False would be written as --exclusive=False.
+        if value is False or not isinstance(value, str | int):
+            raise InputError(key, "is no option of sbatch", "give a string, a number or true", value=value)
+
+
+def _check_lines(section: SlurmSection) -> None:
+    """Refuse what would go on in the batch script's next line, as a command."""
+    named = section.model_dump(exclude={"extra", "env", "srun_args"})
+    values = {f"slurm.{key}": value for key, value in named.items()}
+    values |= {f"slurm.extra.{key}": value for key, value in section.extra.items()}
+    for key, value in values.items():
+        if isinstance(value, str) and (not value.strip() or not value.isprintable()):
+            raise InputError(key, "is empty or has a line break in it", "write it in one line", value=value)
+    for name, value in section.env.items():
+        if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in value:
+            raise InputError(f"slurm.env.{name}", "is no environment variable", 'write NAME = "value"')
+
+
+def _check_secrets(profile: Profile) -> None:
+    section = profile.slurm
+    texts = {"setup": profile.setup, "slurm.srun_args": section.srun_args}
+    texts |= {f"slurm.extra.{key}": [value] for key, value in section.extra.items() if isinstance(value, str)}
+    found = [f"slurm.env.{name}" for name in section.env if looks_secret(name)]
+    for key, lines in texts.items():
+        names = (match["name"] for line in lines for match in _ASSIGNMENT.finditer(line))
+        found += [f"{key} ({name})" for name in names if looks_secret(name)]
+    for key in found:
+        # Without its value, which would go to a log.
+        problem = "looks like a secret, and would be written into the batch script"
+        raise InputError(key, problem, "leave it in the environment, which jobs inherit")

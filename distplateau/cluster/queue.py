@@ -55,7 +55,7 @@ def job_state(job_id: str) -> JobState | None:
     job_id
         ``123``, or ``123_4`` for a task of an array.
     """
-    said = _ask(["scontrol", "show", "job", "--oneliner", job_id])
+    said = ask(["scontrol", "show", "job", "--oneliner", job_id])
     if said is not None and "JobState=" in said:
         return _read_scontrol(said)
     return _accounted(job_id)
@@ -88,8 +88,14 @@ def cancel(job_id: str) -> str | None:
     return _tell(["scancel", job_id])
 
 
+def largest_array() -> int | None:
+    """Return how many tasks an array may have, None if nobody can be asked."""
+    found = re.search(r"^MaxArraySize\s*=\s*(\d+)", ask(["scontrol", "show", "config"]) or "", re.MULTILINE)
+    return int(found[1]) - 1 if found else None
+
+
 def _accounted(job_id: str) -> JobState | None:
-    said = _ask(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", job_id,
+    said = ask(["sacct", "--noheader", "--parsable2", "--allocations", "--duplicates", "--jobs", job_id,
                  "--format", "State,NodeList,ExitCode"])  # fmt: skip
     lines = (said or "").strip().splitlines()
     return _read_sacct(lines[-1], len(lines) - 1) if lines else None
@@ -110,7 +116,7 @@ def _read_sacct(line: str, restarts: int) -> JobState:
     return JobState(name, nodes, "", restarts, int(code.split(":")[0]) if name in ENDED else None)
 
 
-def _ask(command: Sequence[str]) -> str | None:
+def ask(command: Sequence[str]) -> str | None:
     """Return what a command of Slurm says, None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None

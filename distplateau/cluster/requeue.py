@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -27,6 +28,7 @@ FAILURES = "failures.json"
 # The same failure at the same checkpoint: the first may have been the machine's, the second is the program's.
 MOST_ALIKE = 2
 _KILL_SECONDS = 120
+_TRIES, _TRY_SECONDS = 4, 10.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def main(arguments: list[str]) -> int:
         reason = None if queue.is_wanted(job_id) else "it was cancelled, or Slurm takes care of it"
     if reason is None:
         _say(f"queued again ({restarts + 1} of {max_requeues}), from the newest whole checkpoint")
-        reason = queue.requeue(job_id)
+        reason = _requeue(job_id)
         if reason is None:
             # Slurm ends this script; if it ended by itself before, the job would count as done.
             time.sleep(_KILL_SECONDS)
@@ -93,12 +95,28 @@ def main(arguments: list[str]) -> int:
     return code
 
 
+def _requeue(job_id: str) -> str | None:
+    """Ask for it again where a controller that restarts did not answer; return what is wrong in the end."""
+    reason = queue.requeue(job_id)
+    for _ in range(_TRIES - 1):
+        if reason is None or shutil.which("scontrol") is None or not queue.is_wanted(job_id):
+            break
+        _say(f"not queued again yet: {reason}")
+        time.sleep(_TRY_SECONDS)
+        reason = queue.requeue(job_id)
+    return reason
+
+
 def print_folder(arguments: list[str]) -> int:
     """Print the run folder of the arguments of ``distplateau train``; return the exit code."""
     from distplateau.config import load_config, read_overrides
 
     try:
-        config, rest = arguments[0], [word for word in arguments[1:] if word not in {"--resume", "override", "auto"}]
+        config, words = arguments[0], arguments[1:]
+        if "--resume" in words:  # as `distplateau train` takes it: with its value, wherever it stands
+            place = words.index("--resume")
+            del words[place : place + 2]
+        rest = [word for word in words if not word.startswith("--resume=")]
         sys.stdout.write(f"{load_config(config, read_overrides(rest)).run_dir.absolute()}\n")
     except InputError as error:
         sys.stderr.write(f"distplateau: {error}\n")
@@ -116,7 +134,7 @@ def was_interrupted(run_dir: Path) -> bool:
     """Return whether the last thing that the run recorded is that all was saved."""
     try:
         return read_ledger(run_dir).events[-1]["event"] == "interrupted"
-    except InputError:
+    except (InputError, OSError):
         return False
 
 
@@ -131,8 +149,11 @@ def count_failure(run_dir: Path, code: int) -> Failure:
             failure = Failure(code, failure.checkpoint, before.times + 1)
     except (OSError, ValueError, TypeError):
         pass  # the first one
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    except OSError as error:  # the disk is full: what limits the requeues then is their number
+        _say(f"not counted among the failures: {path}: {error.strerror or error}")
     return failure
 
 

@@ -78,6 +78,8 @@ def _setup(profile: Profile) -> list[str]:
     return [
         # The shell has to be alive when the ranks have saved; srun gets its own signals.
         "trap : TERM USR1 USR2",
+        # Of another job, or of the shell that submitted: Slurm hands its environment on.
+        "unset MASTER_ADDR MASTER_PORT",
         *profile.setup,
         *(f"export {key}={shlex.quote(value)}" for key, value in profile.slurm.env.items()),
         *_cores(profile.slurm.cpus_per_task),

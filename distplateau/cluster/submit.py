@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+import os
 import shlex
 import shutil
 import socket
@@ -14,13 +16,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distplateau.cluster import job
+from distplateau.cluster import job, queue
 from distplateau.cluster.freeze import freeze, make_private
-from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, submissions
-from distplateau.cluster.profile import Profile, load_profile
+from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, states, submissions
+from distplateau.cluster.profile import Profile, load_profile, looks_secret
 from distplateau.cluster.script import run_parameters
-from distplateau.config import load_config, parse_model
+from distplateau.config import dump_config, load_config, parse_model
 from distplateau.errors import InputError
+from distplateau.record.private import keep_others_out
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -29,7 +32,10 @@ if TYPE_CHECKING:
 
     from distplateau.config import Config
 
-_POLL_SECONDS = 2.0
+_LONGEST_NAME = 255
+_SHORTEST_SECRET = 8
+# Slurm's own default, where it cannot be asked; a sweep on one machine runs one after the other.
+_USUAL_POINTS, _LOCAL_POINTS = 1000, 1000
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,12 @@ def submit(
         For whatever is wrong with configuration, data, profile or run folder, and for what sbatch refuses.
     """
     profile, configs = _prepare(config_path, cluster, overrides, grid)
+    # The job takes the umask over: Slurm hands it on.
+    with keep_others_out():
+        return _submit(profile, configs, cluster)
+
+
+def _submit(profile: Profile, configs: Sequence[Config], cluster: str) -> list[Submitted]:
     for config in configs:
         check(config, profile)
         make_private(config.run_dir)
@@ -122,11 +134,60 @@ def check(config: Config, profile: Profile) -> None:
             problem = f"is being trained by job {one.job_id} ({state.name})"
             fix = f"choose another run.name, or end that job: distplateau jobs --cancel {config.run_dir}"
             raise InputError(str(config.run_dir), problem, fix)
+    from distplateau.training.processes import check_launcher
     from distplateau.training.setup import check_run_folder, prepare_parts
 
+    check_launcher(profile.slurm.env)
+    _check_secrets(config)
     if config.run_dir.exists():
         check_run_folder(config, override=False)
-    prepare_parts(config)
+    prepare_parts(_as_here(config, profile))
+
+
+def _check_secrets(config: Config) -> None:
+    """Refuse a configuration that holds the value of a secret of this shell: it is frozen into the run folder."""
+    text = dump_config(config)
+    for name, value in os.environ.items():
+        if looks_secret(name) and len(value) >= _SHORTEST_SECRET and value in text:
+            fix = "read it from the environment instead, which jobs inherit"
+            raise InputError(name, "is in the configuration, which lies in the run folder", fix)
+
+
+def _as_here(config: Config, profile: Profile) -> Config:
+    """Return what can be built on this machine: a login node has no GPU, whatever the nodes have."""
+    if config.training.precision != "fp16" or not profile.slurm.has_gpus:
+        return config
+    return config.model_copy(update={"training": config.training.model_copy(update={"precision": "no"})})
+
+
+def _check_folders(configs: Sequence[Config]) -> None:
+    """Refuse folders that Slurm would call something else, that are no folder, or that two runs would share."""
+    home = _home(configs)
+    if wrong := sorted({sign for sign in str(home) if sign in "%\\" or not sign.isprintable()}):
+        problem = f"has {', '.join(map(repr, wrong))} in its path, which Slurm reads as something else"
+        raise InputError(str(home), problem, "choose another run.name or run.dir")
+    if len(configs) == 1:
+        return
+    if (home / "ledger.jsonl").exists() or (home / "submission").exists():
+        raise InputError(str(home), "holds a run, and can be no folder of a sweep", "choose another run.name")
+    seen: dict[Path, Config] = {}
+    for config in configs:
+        if config.run_dir in seen:
+            fix = "give each value once, and values that differ in more than a /"
+            raise InputError("--grid", f"has two points with the folder {config.run.name!r}", fix)
+        seen[config.run_dir] = config
+    longest = max((config.run.name for config in configs), key=lambda name: len(name.encode()))
+    if len(longest.encode()) > _LONGEST_NAME:
+        problem = f"makes a folder name of {len(longest.encode())} bytes, above {_LONGEST_NAME}"
+        raise InputError("--grid", problem, "vary fewer keys at a time, or shorter values", value=longest)
+
+
+def _check_size(points: int, cluster: str) -> None:
+    """Refuse a sweep that Slurm would refuse, before a thousand models are built to check it."""
+    most = _LOCAL_POINTS if cluster == LOCAL else queue.largest_array() or _USUAL_POINTS
+    if points > most:
+        where = "this machine" if cluster == LOCAL else "the cluster (MaxArraySize)"
+        raise InputError("--grid", f"makes {points:,} runs, above the {most:,} of {where}", "split it")
 
 
 def wait(submitted: Sequence[Submitted]) -> int:
@@ -157,17 +218,22 @@ def _prepare(
         raise InputError("sbatch", "is not on this machine", "submit from a login node, or use --cluster local")
     config = load_config(config_path, dict(overrides))
     if not grid:
+        _check_folders([config])
         return profile, [config]
     home = config.run_dir
-    for key in ("run.name", "run.dir"):
-        if key in grid:
+    for key in grid:
+        if key in {"run.name", "run.dir"}:
             raise InputError(
                 key, "cannot vary in a grid", "each point gets a folder of its own below <run.dir>/<run.name>"
             )
+        if key in overrides:
+            raise InputError(f"--{key}", "is in the grid as well", f"say it once, here or in --grid {key}=...")
+    _check_size(math.prod(len(values) for values in grid.values()), cluster)
     points = []
     for name, point in expand_grid(grid):
         named = {"run.dir": str(home), "run.name": name}
         points.append(load_config(config_path, {**overrides, **point, **named}))
+    _check_folders(points)
     return profile, points
 
 
@@ -238,16 +304,6 @@ def _note(one: Submitted) -> None:
 
 
 def _wait_for(one: Submitted) -> int:
-    """Poll until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
-    unknown = 0
-    while unknown < 3:
-        state = one.job.state()
-        unknown = unknown + 1 if state is None else 0
-        if state is not None and state.has_ended:
-            # A job that is about to be requeued shows its end for a moment.
-            time.sleep(_POLL_SECONDS)
-            again = one.job.state()
-            if again is None or again.has_ended:
-                return exit_code(one.run_dir, state)
-        time.sleep(_POLL_SECONDS)
-    return exit_code(one.run_dir, None)
+    """Wait until the job has ended for good; the ledger says whether the run is done where Slurm cannot tell."""
+    *_, last = states(one.job)
+    return exit_code(one.run_dir, last)

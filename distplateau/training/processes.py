@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from distplateau.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
 
 # What `accelerate launch` sets, and what it stands for.
@@ -40,8 +40,13 @@ def launched_ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def check_launcher() -> None:
+def check_launcher(environ: Mapping[str, str] = os.environ) -> None:
     """Refuse a launch configuration that shards the model: weights and checkpoints are taken for replicas'.
+
+    Parameters
+    ----------
+    environ
+        What the launcher sets, or what a job will find.
 
     Raises
     ------
@@ -49,7 +54,7 @@ def check_launcher() -> None:
         If `accelerate launch` was told to use one.
     """
     for variable, name in _SHARDING.items():
-        if os.environ.get(variable, "").lower() in {"1", "true", "yes"}:
+        if environ.get(variable, "").lower() in {"1", "true", "yes"}:
             fix = "use plain DDP: one of the configurations in launch/"
             raise InputError("accelerate launch", f"{name} is not served by distplateau train", fix, value=name)
 

@@ -6,6 +6,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from distplateau.record.private import keep_others_out
 from distplateau.record.report import write_report
 from distplateau.training.interruption import RESUMABLE, Interrupted
 from distplateau.training.trainer import train
@@ -24,6 +25,11 @@ def train_and_report(config: Config, *, override: bool = False) -> int:
     InputError
         For anything wrong in the configuration.
     """
+    with keep_others_out():
+        return _train_and_report(config, override=override)
+
+
+def _train_and_report(config: Config, *, override: bool) -> int:
     is_first = os.environ.get("RANK", "0") == "0"
     try:
         run_dir = train(config, override=override)
