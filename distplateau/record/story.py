@@ -142,7 +142,7 @@ def reason(change: LRChange, history: History) -> str:
     rule, event = rule_of(history), change.event
     if change.kind == "scheduled":
         return f"the {schedule_name(history)} schedule"
-    if not rule:
+    if not isinstance(rule.get("patience"), int):
         return "the ledger has no start event that says it"
     patience = rule["patience"]
     row = f"{plural(patience + 1, 'validation')}{' in a row' if patience else ''}"
@@ -165,7 +165,7 @@ def reason(change: LRChange, history: History) -> str:
 
 def _plateau_warnings(history: History) -> Iterable[str]:
     validations, rule = history.validations, rule_of(history)
-    if not validations or not rule or schedule_name(history) not in METRIC_DRIVEN:
+    if not validations or schedule_name(history) not in METRIC_DRIVEN or not isinstance(rule.get("patience"), int):
         return
     patience = rule["patience"]
     last, floors = validations[-1]["lr_after"], rule.get("min_lr", 0.0)
