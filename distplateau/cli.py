@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,8 +14,9 @@ from distplateau.errors import InputError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+    from types import FrameType
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 75
 
@@ -60,9 +63,29 @@ def _train(options: argparse.Namespace, rest: list[str]) -> int:
     from distplateau.config import load_config, read_overrides
 
     config = load_config(options.config, read_overrides(rest))
-    from distplateau.training.session import train_and_report
+    with _leaving_at_signals():
+        from distplateau.training.session import train_and_report
 
-    return train_and_report(config, override=options.resume == "override")
+        return train_and_report(config, override=options.resume == "override")
+
+
+@contextlib.contextmanager
+def _leaving_at_signals() -> Iterator[None]:
+    """Let a job that is preempted while it starts end as one that can be continued, as there is nothing to save yet."""
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        _print_once(f"interrupted by {signal.Signals(number).name} outside of training; the same command goes on")
+        raise SystemExit(INTERRUPTED)
+
+    before = {}
+    with contextlib.suppress(ValueError):  # not in the main thread
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _submit(options: argparse.Namespace, rest: list[str]) -> int:

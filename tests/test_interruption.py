@@ -146,6 +146,101 @@ def test_votes_are_rare(tmp_path):
         assert seconds < 0.01
 
 
+def _settles(rank, fast, slow):
+    interruption._ROUND_SECONDS = 0.2
+    try:
+        with Interruption() as vote:
+            for seconds in [0.001] * fast + [slow] * 40:
+                time.sleep(seconds)
+                vote.agreed()
+            return vote._interval
+    finally:
+        interruption._ROUND_SECONDS = 1.0
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(12, 0.05), (0, 0.05)])
+def test_rounds_follow_the_steps(fast, slow):
+    """The first steps of a GPU only join its queue: taken at their word, a signal would wait for minutes."""
+    first, second = run_ranks(_settles, 2, fast, slow)
+    assert first == second
+    assert 1 <= first <= 0.2 / slow
+
+
+def test_rounds_grow_slowly_and_shrink_at_once():
+    intervals = [1]
+    for step_seconds in (0.01, 0.01, 0.01, 0.01, 3.0, 0.01, 1e-9):
+        intervals.append(interruption.next_interval(intervals[-1], step_seconds))
+    assert intervals == [1, 2, 4, 8, 16, 1, 2, 4]
+    assert interruption.next_interval(900, 1e-9) == 1_000
+
+
+def test_a_handler_that_is_not_python_s_is_no_error(monkeypatch):
+    set_handler = signal.signal
+    monkeypatch.setattr(signal, "signal", lambda number, handler: (set_handler(number, handler), None)[1])
+    try:
+        with Interruption():
+            pass
+    finally:
+        monkeypatch.undo()
+        for number in SIGNALS:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+SLOW_DISK = """
+import os, signal, sys, threading, time
+from distplateau.training import checkpoint
+from distplateau.training.step import TrainStep
+call, sync = TrainStep.__call__, checkpoint._sync
+def slow(path):
+    if "partial" in str(path) and "step" in str(path) and int(str(path).split("step-")[1][:8]) >= {since}:
+        time.sleep(60)
+    sync(path)
+def watched(self, at):
+    if at == 25:
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    return call(self, at)
+checkpoint._sync, TrainStep.__call__ = slow, watched
+from distplateau.cli import main
+sys.exit(main(["train", "x.toml"]))
+"""
+
+
+@pytest.mark.parametrize("since", [25, 20])  # the main thread is writing; or waits for the thread that writes
+def test_a_second_sigint_does_not_wait_for_the_disk(tmp_path, since):
+    (tmp_path / "x.toml").write_text(
+        "[data]\nglobal_batch_size = 48\n[tracking]\nwandb = 'disabled'\n[checkpoint]\nevery = '21 steps'\n"
+    )
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_DISK.format(since=since)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.strip() == "interrupted; the same command continues from the newest checkpoint"
+    assert time.monotonic() - begin < 45
+
+
+EARLY = """
+import os, signal, sys
+from distplateau.training import setup
+def preempted(*_):
+    os.kill(os.getpid(), signal.{name})
+setup.load = preempted
+from distplateau.cli import main
+sys.exit(main(["train", "x.toml"]))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2"])
+def test_a_signal_before_training_has_begun_is_an_interruption_too(tmp_path, name):
+    (tmp_path / "x.toml").write_text("")
+    command = [sys.executable, "-c", EARLY.format(name=name)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr.strip() == f"interrupted by {name} outside of training; the same command goes on"
+
+
 def test_a_second_sigint_stops_at_once():
     with Interruption() as vote:
         os.kill(os.getpid(), signal.SIGINT)

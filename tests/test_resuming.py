@@ -126,6 +126,39 @@ def test_a_damaged_ledger_makes_no_stranger_of_a_checkpoint(run_dir, tmp_path):
     assert resumed_from(tmp_path) == [66]
 
 
+class Scaler:
+    """Stands in for a GPU's gradient scaler."""
+
+    def load_state_dict(self, state):
+        self.state = state
+
+
+def test_all_of_the_state_is_taken_over(run_dir, tmp_path, monkeypatch):
+    """Also what a run of digits would not miss, because its last validation is the best and nothing was reduced."""
+    newest = run_dir / "checkpoints/step-00000066"
+    state = json.loads((newest / "state.json").read_text())
+    state.update(
+        reductions=7, best={"value": -5.0, "validation": 1, "step": 22}, nonfinite={"step": 3, "rank": 0},
+        scaler={"scale": 8.0},
+    )  # fmt: skip
+    rewrite(newest, "state.json", json.dumps(state).encode())
+    resume, seen = Trainer._resume, []
+
+    def watched(self):
+        self.accelerator.scaler = Scaler()
+        checkpoint = resume(self)
+        seen.append((self.step, self.reductions, vars(self.best), self._nonfinite, self.run_id))
+        seen.append(self.accelerator.scaler.state)
+        self.accelerator.scaler = None
+        return checkpoint
+
+    monkeypatch.setattr(Trainer, "_resume", watched)
+    train(make_config(tmp_path, **SECTIONS))
+    assert seen == [(66, 7, state["best"], state["nonfinite"], state["run_id"]), state["scaler"]]
+    finished = read_ledger(run_dir).finished
+    assert (finished["reductions"], finished["best"], finished["best_step"]) == (7, -5.0, 22)
+
+
 STATE_KEYS = ("step", "validations", "scheduler", "best", "reductions", "run_id", "scaler", "train_loss", "nonfinite")
 
 

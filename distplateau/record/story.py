@@ -151,7 +151,7 @@ def reason(change: LRChange, history: History) -> str:
     rule = rule_of(history, event["validation"])
     if change.kind == "scheduled":
         return f"the {schedule_name(history, event['validation'])} schedule"
-    if not rule:
+    if not isinstance(rule.get("patience"), int):
         return "the ledger has no start event that says it"
     patience = rule["patience"]
     row = f"{plural(patience + 1, 'validation')}{' in a row' if patience else ''}"
@@ -174,7 +174,7 @@ def reason(change: LRChange, history: History) -> str:
 
 def _plateau_warnings(history: History) -> Iterable[str]:
     validations, rule = history.validations, rule_of(history)
-    if not validations or not rule or schedule_name(history) not in METRIC_DRIVEN:
+    if not validations or schedule_name(history) not in METRIC_DRIVEN or not isinstance(rule.get("patience"), int):
         return
     floor = _floor_warning(history)
     yield from filter(None, [floor, _blocked_warning(history), _requeue_warning(history)])

@@ -255,9 +255,17 @@ class CheckpointFolder:
         if checkpoint.best is None and checkpoint.state["best"]["validation"] and best.exists():
             # No link: one bad block, or somebody who writes into the run's model.safetensors, would damage them all.
             files[_BEST] = partial(shutil.copyfile, best)
-        with ThreadPoolExecutor(len(files)) as pool:
+        pool = ThreadPoolExecutor(len(files))
+        try:
             digests = pool.map(lambda name: _write_and_digest(files[name], folder / name), files)
             manifest = dict(zip(files, digests, strict=True))
+        except KeyboardInterrupt:  # at once means now, not when the disk is ready
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+        except BaseException:
+            pool.shutdown()
+            raise
+        pool.shutdown()
         if checkpoint.best is not None:
             _link(folder / checkpoint.judged, folder / _BEST)
             manifest[_BEST] = manifest[checkpoint.judged]

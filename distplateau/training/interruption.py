@@ -23,7 +23,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 RESUMABLE = 75
 # Issuing a vote costs 0.2 ms. Two rounds pass between a signal and the stop.
 _ROUND_SECONDS = 1.0
-_MEASURED_STEPS = 10
+_MOST_STEPS = 1_000
 
 
 class Call(enum.IntEnum):
@@ -73,9 +73,8 @@ class Interruption:
         self._before: dict[int, object] = {}
         several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = cast("dist.ProcessGroup", dist.new_group(backend="gloo")) if several else None
-        self._vote: tuple[dist.Work, torch.Tensor] | None = None
-        self._interval, self._measured = 1, False
-        self._steps = 0
+        self._vote: tuple[dist.Work, torch.Tensor, int] | None = None
+        self._interval = self._steps_left = 1
         self._began = time.monotonic()
 
     def __enter__(self) -> Interruption:
@@ -89,7 +88,8 @@ class Interruption:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+            if handler is not None:  # it was not set from Python, which cannot put it back
+                signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
         if self._vote is not None and error is None:
             self._vote[0].wait()
         if self._group is not None and error is None:
@@ -107,18 +107,19 @@ class Interruption:
         """
         if self._group is None:
             return max(self.received, request)
-        self._steps += 1
-        if self._steps % self._interval:
+        self._steps_left -= 1
+        if self._steps_left:
             return Call.NOTHING
-        agreed = self._count_votes()
-        if self._steps == _MEASURED_STEPS and not self._measured:
-            self._agree_on_interval()
+        agreed, step_seconds = self._count_votes()
+        now = time.monotonic()
+        mine, self._began = now - self._began, now
         # A checkpoint that is granted now need not be asked for again.
         flag = self.received if request == agreed == Call.CHECKPOINT else max(self.received, request)
-        votes = torch.tensor([int(flag)], dtype=torch.int64)
+        votes = torch.tensor([int(flag), round(mine * 1e6)], dtype=torch.int64)
         work = dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None
-        self._vote = work, votes
+        self._vote = work, votes, self._interval
+        self._interval = self._steps_left = next_interval(self._interval, step_seconds)
         return agreed
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -126,18 +127,23 @@ class Interruption:
             raise KeyboardInterrupt
         self.received = Call(number)
 
-    def _count_votes(self) -> Call:
-        """Return the largest request of the vote before."""
+    def _count_votes(self) -> tuple[Call, float]:
+        """Return the largest request of the vote before, and how long a step of the slowest rank took before it."""
         if self._vote is None:
-            return Call.NOTHING
-        work, votes = self._vote
+            return Call.NOTHING, _ROUND_SECONDS
+        work, votes, steps = self._vote
         work.wait()
         self._vote = None
-        return Call(int(votes))
+        call, microseconds = votes.tolist()
+        return Call(call), microseconds / 1e6 / steps
 
-    def _agree_on_interval(self) -> None:
-        """Take the number of steps in a round from the first rank's clock; the steps are all alike."""
-        step_seconds = (time.monotonic() - self._began) / _MEASURED_STEPS
-        interval = torch.tensor([max(1, min(1_000, int(_ROUND_SECONDS / max(step_seconds, 1e-6))))])
-        dist.broadcast(interval, src=0, group=self._group)
-        self._interval, self._measured, self._steps = int(interval), True, 0
+
+def next_interval(interval: int, step_seconds: float) -> int:
+    """Return how many steps the next round has. The same on every rank, for the seconds are.
+
+    It at most doubles: a GPU's first steps only join its queue and look faster than they are. It is never settled: a
+    first step that compiles looks slower than those that follow, and a validation makes the next rounds shorter for a
+    while, which costs a few votes.
+    """
+    fitting = int(_ROUND_SECONDS / max(step_seconds, 1e-6))
+    return max(1, min(_MOST_STEPS, 2 * interval, fitting))

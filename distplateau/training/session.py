@@ -39,6 +39,13 @@ def _train_and_report(config: Config, *, override: bool) -> int:
                 f"interrupted by {stop.reason} after step {stop.step}; the same command goes on from there\n"
             )
         return RESUMABLE
+    except KeyboardInterrupt:
+        if is_first:
+            sys.stderr.write("interrupted; the same command continues from the newest checkpoint\n")
+        # At its end Python would wait for a thread that may be writing gigabytes. What it leaves is no checkpoint yet.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(RESUMABLE)
     if is_first:
         sys.stdout.write(f"report {write_report(run_dir).resolve()}\n")
     return DONE

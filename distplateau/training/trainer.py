@@ -157,14 +157,23 @@ class Trainer:
             try:
                 self._loop(progress, interruption)
                 self._finish(progress)
-            finally:
-                self._writer.close()
-                if self.main:
-                    self.journal.close()
+            except KeyboardInterrupt:  # the second one: somebody wants it to end at once
+                self._writer.close(wait=False)
+                raise
+            except BaseException:
+                self._close()
+                raise
+            self._close()
             # A launcher that sees a rank leave may end the others: nobody leaves before everything is written.
             self.accelerator.wait_for_everyone()
             if self._failure is not None:
                 raise self._failure
+
+    def _close(self) -> None:
+        """End what runs beside the training."""
+        self._writer.close()
+        if self.main:
+            self.journal.close()
 
     def _loop(self, progress: ProgressReport, interruption: Interruption) -> None:
         self._clock.restart()

@@ -86,9 +86,15 @@ class BackgroundWriter:
         work.result()
         then()
 
-    def close(self) -> None:
-        """Let the work that is under way end, without a word about its errors."""
-        self._pool.shutdown(wait=True)
+    def close(self, *, wait: bool = True) -> None:
+        """Let the work that is under way end, without a word about its errors.
+
+        Parameters
+        ----------
+        wait
+            Return when it has ended.
+        """
+        self._pool.shutdown(wait=wait, cancel_futures=not wait)
 
     def _run(self, tensors: Tree, copy: Callable[[Tree], Tree], write: Callable[[Tree], object]) -> None:
         try:
