@@ -11,6 +11,7 @@ checkpoint that is durable. Exits with 1 if the wait misses its target.
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.state import Best
 from distplateau.training.writer import BackgroundWriter
 
 MEGABYTES = (100, 1000)
@@ -68,7 +70,7 @@ class Loop:
 
     def checkpoint(self) -> Checkpoint:
         """Return what a checkpoint holds; nothing is copied."""
-        return Checkpoint(self.model.state_dict(), self.optimizer.state_dict(), {"step": 0})
+        return Checkpoint(self.model.state_dict(), self.optimizer.state_dict(), {"step": 0, "best": vars(Best(math.inf))})
 
     def seconds(self, steps: int) -> float:
         """Time some steps."""

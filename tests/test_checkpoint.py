@@ -14,10 +14,10 @@ from distplateau.errors import InputError
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights, step_of
 
 
-def make(step: int) -> Checkpoint:
+def make(step: int, best: int = 0) -> Checkpoint:
     weights = {"w": torch.full((50,), float(step)), "b": torch.arange(3)}
     optimizer = {"state": {0: {"exp_avg": torch.ones(5)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    return Checkpoint(weights, optimizer, {"step": step, "best": {"validation": 1}})
+    return Checkpoint(weights, optimizer, {"step": step, "best": {"validation": 1, "step": best}})
 
 
 @pytest.fixture
@@ -163,6 +163,16 @@ def test_damaged_ones_do_not_push_out_good_ones(tmp_path, keep, aside):
         assert len(folder.all()) - len(rejected) == keep
 
 
+def test_the_one_of_the_best_validation_stays(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2)):
+        folder.save(make(step, best), step)
+    assert [step_of(path) for path in folder.all()] == [2, 4, 5]
+    for step in (6, 7):
+        folder.save(make(step, best=6), step)
+    assert [step_of(path) for path in folder.all()] == [6, 7]
+
+
 def test_nobody_s_copies_are_checkpoints_and_steps_are_numbers(folder):
     import shutil
 
@@ -192,7 +202,7 @@ def test_best_weights_of_abandoned_work_are_not_taken_along(tmp_path):
     """There are some in the run folder, but by the checkpoint's own account there was no best yet."""
     folder = CheckpointFolder(tmp_path)
     save_weights(tmp_path / "model.safetensors", {"w": torch.zeros(5)}, {})
-    folder.save(Checkpoint({"w": torch.ones(5)}, {}, {"step": 1, "best": {"validation": 0}}), 1)
+    folder.save(Checkpoint({"w": torch.ones(5)}, {}, {"step": 1, "best": {"validation": 0, "step": 0}}), 1)
     assert folder.load_newest()[0].best_weights() == {}
 
 

@@ -159,7 +159,10 @@ def test_all_of_the_state_is_taken_over(run_dir, tmp_path, monkeypatch):
     assert (finished["reductions"], finished["best"], finished["best_step"]) == (7, -5.0, 22)
 
 
-STATE_KEYS = ("step", "validations", "scheduler", "best", "reductions", "run_id", "scaler", "train_loss", "nonfinite")
+STATE_KEYS = (
+    "step", "validations", "scheduler", "best", "reductions", "run_id", "scaler", "train_loss", "nonfinite",
+    "world_size", "threads",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("key", STATE_KEYS)
@@ -187,6 +190,20 @@ def test_junk_in_a_checkpoint_s_optimizer_is_passed_over(run_dir, tmp_path, whol
     train(make_config(tmp_path, **SECTIONS))
     assert resumed_from(tmp_path) == [44]
     assert trace(tmp_path) == whole[1]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_it_goes_on_with_the_threads_of_its_start(run_dir, tmp_path, whole, monkeypatch, threads):
+    """A node with other cores; two threads add up in another order, as the negative control shows."""
+    newest = run_dir / "checkpoints/step-00000066"
+    state = json.loads((newest / "state.json").read_text())
+    assert state["threads"] == 1
+    rewrite(newest, "state.json", json.dumps({**state, "threads": threads}).encode())
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    torch.set_num_threads(2)
+    _, weights = _train(0, make_config(tmp_path, **SECTIONS))
+    assert torch.get_num_threads() == 2
+    assert same_tensors(weights, whole[0]) == (threads == 1)
 
 
 # The ranks.

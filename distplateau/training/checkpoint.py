@@ -117,7 +117,7 @@ class CheckpointFolder:
     run_dir
         The run folder.
     keep
-        How many of the newest stay.
+        How many of the newest stay. The one of the best validation stays as well, where there is one.
     """
 
     def __init__(self, run_dir: Path, keep: int = 2) -> None:
@@ -154,7 +154,7 @@ class CheckpointFolder:
             shutil.rmtree(unfinished, ignore_errors=True)
             fix = "free space or fix the permissions and start again; older checkpoints are whole"
             raise InputError(str(self.path), problem, fix) from error
-        self._prune(step)
+        self._prune(step, best=checkpoint.state["best"]["step"])
         return final
 
     def load_newest(
@@ -272,10 +272,11 @@ class CheckpointFolder:
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         _sync(folder / _MANIFEST)
 
-    def _prune(self, step: int) -> None:
+    def _prune(self, step: int, best: int) -> None:
         """Remove what is older than the newest few up to `step`; what is beyond is no work of this run."""
         for path in [path for path in self.all() if step_of(path) <= step][: -self.keep]:
-            shutil.rmtree(path, ignore_errors=True)
+            if step_of(path) != best:
+                shutil.rmtree(path, ignore_errors=True)
         for path in self.path.glob(".partial-*"):
             shutil.rmtree(path, ignore_errors=True)
 

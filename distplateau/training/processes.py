@@ -97,6 +97,16 @@ def repeatable_kernels(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = tuned
 
 
+@contextlib.contextmanager
+def threads_put_back() -> Iterator[None]:
+    """Put the number of torch's threads back afterwards: a run that goes on takes that of its start."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _share_cores() -> None:
     """Give each rank on this machine its share of the cores; torch would start as many threads in each."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -23,7 +23,10 @@ class Best:
 
 
 # What the state of a checkpoint holds; None may stand in the place of the optional ones.
-_STATE: dict[str, type] = {"step": int, "validations": int, "reductions": int, "run_id": str, "scheduler": dict}
+_STATE: dict[str, type] = {
+    "step": int, "validations": int, "reductions": int, "world_size": int, "threads": int, "run_id": str,
+    "scheduler": dict,
+}  # fmt: skip
 _OPTIONAL_STATE: dict[str, type] = {"scaler": dict, "train_loss": dict, "nonfinite": dict}
 
 

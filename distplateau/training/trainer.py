@@ -28,7 +28,7 @@ from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, Misfit
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
-from distplateau.training.processes import repeatable_kernels, start_accelerator
+from distplateau.training.processes import repeatable_kernels, start_accelerator, threads_put_back
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.state import Best, Unfinished, check_state
@@ -78,7 +78,7 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
             kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
         )
         try:
-            with repeatable_kernels(config.training.deterministic):
+            with threads_put_back(), repeatable_kernels(config.training.deterministic):
                 Trainer(config, parts, accelerator).run()
         finally:
             accelerator.end_training()
@@ -433,6 +433,8 @@ class Trainer:
             "scheduler": self.scheduler.state_dict(),
             "best": vars(self.best),
             "reductions": self.reductions,
+            "world_size": self.world_size,
+            "threads": torch.get_num_threads(),
             "run_id": self.run_id,
             "scaler": None if scaler is None else scaler.state_dict(),
             "train_loss": unfinished.train_loss,
@@ -510,6 +512,8 @@ class Trainer:
         self.scheduler.load_state_dict(state["scheduler"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.device.type == "cpu" and state["world_size"] == self.world_size:
+            torch.set_num_threads(state["threads"])  # their number decides in which order sums are added
         self.step, self.reductions, self.run_id = state["step"], state["reductions"], state["run_id"]
         self.best = Best(**state["best"])
         self._nonfinite = state["nonfinite"]
