@@ -70,7 +70,9 @@ class Loop:
 
     def checkpoint(self) -> Checkpoint:
         """Return what a checkpoint holds; nothing is copied."""
-        return Checkpoint(self.model.state_dict(), self.optimizer.state_dict(), {"step": 0, "best": vars(Best(math.inf))})
+        return Checkpoint(
+            self.model.state_dict(), self.optimizer.state_dict(), {"step": 0, "best": vars(Best(math.inf))}
+        )
 
     def seconds(self, steps: int) -> float:
         """Time some steps."""

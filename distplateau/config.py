@@ -257,7 +257,9 @@ class CheckpointSection(Section):
     """How often the run can be continued from, and how many checkpoints stay."""
 
     every: Annotated[IntervalOrDuration, Field(description='"1 epoch", "500 steps" or "10 min"')] = "1 epoch"
-    keep: Annotated[Positive, Field(description="newest checkpoints that are kept, beside that of the best validation")] = 2
+    keep: Annotated[
+        Positive, Field(description="newest checkpoints that are kept, beside that of the best validation")
+    ] = 2
 
     @property
     def seconds(self) -> int | None:
