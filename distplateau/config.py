@@ -239,6 +239,9 @@ class TrainingSection(Section):
     ] = None
     compile: Annotated[bool, Field(description="torch.compile the model")] = False
     channels_last: Annotated[bool, Field(description="keep images with their channels last in memory")] = False
+    static_graph: Annotated[
+        bool, Field(description="DDP may count on the same parameters being used in every step; some may be unused")
+    ] = False
     deterministic: Annotated[
         bool, Field(description="only kernels that repeat themselves bit for bit; GPUs have others")
     ] = False

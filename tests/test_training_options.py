@@ -18,7 +18,7 @@ from distplateau.training.evaluate import evaluate
 from distplateau.training.setup import prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from test_trainer import _train, _train_until, make_config, same_tensors
 
 REDUCING = {"patience": 0, "factor": 0.5, "threshold": 0.9}  # every validation but the first is bad
@@ -256,6 +256,43 @@ def test_compiled_it_trains_alike(tmp_path):
     assert results == [(plain[0][0], ["MLP"])] * 2
     names = load_file(tmp_path / "compiled" / "run" / "model.safetensors").keys()
     assert names == load_file(tmp_path / "plain" / "run" / "model.safetensors").keys()
+
+
+class HalfUsed(torch.nn.Module):
+    """As a pretrained network of which one head is used."""
+
+    def __init__(self):
+        super().__init__()
+        self.head, self.other = torch.nn.Linear(64, 10), torch.nn.Linear(64, 10)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
+def build_half_used(num_classes, **_):
+    torch.manual_seed(0)
+    return HalfUsed()
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 8])
+def test_a_static_graph_gives_the_same_bits(tmp_path, micro_batch_size):
+    training = {"epochs": 2, "micro_batch_size": micro_batch_size}
+    plain = run_ranks(_train, 3, make_config(tmp_path / "plain", training=training))
+    static = run_ranks(_train, 3, make_config(tmp_path / "static", training={**training, "static_graph": True}))
+    assert static[0][0] == plain[0][0]
+    assert same_tensors(static[0][1], plain[0][1])
+
+
+def test_unused_parameters_are_named_and_a_static_graph_can_have_them(tmp_path):
+    sections = {"model": {"name": f"{__name__}:build_half_used", "args": {}}}
+    message = "model.name = '.*': does not use its parameter other.weight and 1 more; .*static_graph = true"
+    with pytest.raises(RankError, match=message) as caught:
+        run_ranks(_train, 2, make_config(tmp_path / "plain", **sections))
+    assert "InputError" in str(caught.value)
+    static = make_config(tmp_path / "static", **sections, training={"epochs": 2, "static_graph": True})
+    [(two, _), _] = run_ranks(_train, 2, static)
+    one, _ = _train(0, make_config(tmp_path / "one", **sections, training={"epochs": 2}))
+    assert [event[1] for event in two] == [event[1] for event in one]
 
 
 # Loss, metrics and augmentation by name.

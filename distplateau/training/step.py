@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.data import Split
 from distplateau.training.plan import EpochPlan, Seeds, Slices
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     from distplateau.config import Config
     from distplateau.training.data import DataSet
     from distplateau.training.setup import Parts
+
+
+_UNUSED = re.compile(r"did not receive grad for rank \d+: (?P<indices>[\d ]+)")
 
 
 class TrainStep:
@@ -95,18 +101,41 @@ class TrainStep:
         DDP arranges its gradients in other buckets after the first backward pass, and with three or more ranks the
         arrangement decides in which order gradients are added. Without this the first step of a resumed run would
         differ in the last bits from that of a run that went on. Weights, buffers and gradients are left as they were.
+
+        Raises
+        ------
+        InputError
+            If a parameter gets no gradient: DDP would wait for it.
         """
-        if self.world_size == 1:
+        if not isinstance(self.model, DistributedDataParallel):  # one process, started without a launcher
             return
         first = torch.arange(min(self._min_samples, len(self.data.train)), device=self._order_device)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
             [(images, _)] = self.data.train.batches([first], self.accelerator.device)
             images = self.data.normalize(images)
-            (self.model(images).sum() * 0.0).backward()
+            try:
+                (self.model(images).sum() * 0.0).backward()
+            except RuntimeError as error:
+                self._tell_unused(error)
+                raise
         for buffer, held in zip(self.model.buffers(), buffers, strict=True):
             buffer.copy_(held)
         self._optimizer.zero_grad()
+
+    def _tell_unused(self, error: RuntimeError) -> None:
+        """Translate what DDP says when it has waited in vain for the gradient of a parameter."""
+        match = _UNUSED.search(str(error))
+        if match is None:
+            return
+        named = self.accelerator.unwrap_model(self.model).named_parameters()
+        names = [name for name, parameter in named if parameter.requires_grad]
+        first, *others = map(int, match["indices"].split())
+        more = f" and {len(others)} more" if others else ""
+        fix = "remove what is unused, or set training.static_graph = true if it is the same in every step"
+        raise InputError(
+            "model.name", f"does not use its parameter {names[first]}{more}", fix, value=self.config.model.name
+        ) from error
 
     def last_loss(self) -> float:
         """Return the mean loss of this rank's last micro-batch. Waits for the device."""

@@ -73,10 +73,10 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
     """Train what was built already; see `train`. Every rank calls it."""
     check_run_folder(config, override=override)
     with only_one(config.run_dir):
-        accelerator = start_accelerator(
-            config.training.precision,
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        ddp = DistributedDataParallelKwargs(
+            gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.training.static_graph
         )
+        accelerator = start_accelerator(config.training.precision, kwargs_handlers=[ddp])
         try:
             with threads_put_back(), repeatable_kernels(config.training.deterministic):
                 Trainer(config, parts, accelerator).run()
