@@ -115,7 +115,9 @@ class DataSection(Section):
     workers: Annotated[NonNegative, Field(description="processes that read data which is not kept in memory")] = 2
     augment: Annotated[
         list[str | dict[str, Any]],
-        Field(description='of the training images: "flip", "crop", "erase", or tables such as {name = "crop"}'),
+        Field(
+            description='of the training images: "flip", "crop", "erase", a torchvision v2 transform, or {name = ...}'
+        ),
     ] = []
 
 

@@ -84,9 +84,63 @@ def test_nothing_to_do():
         ([{"name": "crop", "mode": "wrap"}], "data.augment.0.mode = 'wrap': must be 'reflect' or 'zero'"),
         ([{"name": "flip", "p": 2}], "data.augment.0.p = 2: must lie between 0 and 1"),
         ([{"p": 0.5}], "data.augment.0 = None: there is no such augmentation"),
+        (["Transform"], "data.augment.0 = 'Transform': there is no such augmentation"),
+        (["ColourJitter"], "there is no such augmentation; did you mean 'ColorJitter'"),
+        (["RandomRotation"], "data.augment.0 = {}: RandomRotation does not take these settings ("),
+        (
+            [{"name": "ColorJitter", "hue": 2}],
+            "data.augment.0 = {'hue': 2}: ColorJitter does not take these settings (hue",
+        ),
     ],
 )
 def test_mistakes_are_named(specs, message):
     with pytest.raises(InputError) as caught:
         build_augment(specs)
     assert message in str(caught.value)
+
+
+# torchvision's own, by the name of the class.
+
+OWN = [
+    {"name": "RandomRotation", "degrees": 30},
+    {"name": "RandAugment", "magnitude": 5},
+    {"name": "ColorJitter", "brightness": 0.5},
+    "TrivialAugmentWide",
+    "RandomVerticalFlip",
+]
+
+
+@pytest.mark.parametrize("spec", OWN)
+def test_torchvisions_transforms_are_drawn_for_each_image(spec):
+    batch = images((3, 16, 16), count=1).expand(40, -1, -1, -1)
+    augment = build_augment([spec])
+    augment.check(batch[:1])
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = augment(batch, 4)
+    assert torch.equal(torch.get_rng_state(), before)  # dropout draws what it would draw without
+    assert (first.shape, first.dtype) == (batch.shape, batch.dtype)
+    assert len({tuple(image.flatten().tolist()) for image in first}) > 1
+    torch.manual_seed(1)
+    assert torch.equal(augment(batch, 4), first)
+    assert not torch.equal(augment(batch, 5), first)
+
+
+def test_it_is_what_torchvision_does():
+    batch = images((3, 16, 16))
+    assert torch.equal(build_augment([{"name": "RandomInvert", "p": 1.0}])(batch, 0), vision.invert(batch))
+
+
+@pytest.mark.parametrize(
+    ("spec", "shape", "message"),
+    [
+        ({"name": "Resize", "size": 4}, (1, 8, 8), "turns torch.uint8 of [1, 8, 8] into torch.uint8 of [1, 4, 4]"),
+        ({"name": "ToDtype", "dtype": torch.float32}, (1, 8, 8), "turns torch.uint8 of [1, 8, 8] into torch.float32"),
+        ({"name": "RandomCrop", "size": 16}, (1, 8, 8), "cannot be applied to images of [1, 8, 8] ("),
+        ("flip", (30,), "cannot be applied to images of [30] ("),
+    ],
+)
+def test_what_does_not_fit_the_images_is_refused(spec, shape, message):
+    with pytest.raises(InputError) as caught:
+        build_augment([spec]).check(images(shape))
+    assert str(caught.value).startswith(f"data.augment.0: {message}")

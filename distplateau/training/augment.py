@@ -1,17 +1,19 @@
 """Augmentation of whole batches on their device, with randomness per sample.
 
-torchvision's v2 transforms draw one set of parameters for a batch; these draw one for each sample. The random numbers
-come from the CPU and from a seed alone: the same on every device, and again after a resume.
+torchvision's v2 transforms draw one set of parameters for a batch. ``flip``, ``crop`` and ``erase`` draw one for each
+sample and work on the batch at once; any other transform is torchvision's own, called for one image after the other.
+The random numbers follow from a seed alone: the same again after a resume.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from distplateau.errors import InputError, closest
 
@@ -42,11 +44,32 @@ class Augment:
             images = operation(images, generator)
         return images
 
+    def check(self, images: Tensor) -> None:
+        """Try the operations on a batch such as they will be given.
+
+        Raises
+        ------
+        InputError
+            If one cannot be applied, or makes something else of the images than images of that size, with
+            ``data.augment.N``.
+        """
+        for place, operation in enumerate(self.operations):
+            key, shape = f"data.augment.{place}", list(images.shape[1:])
+            try:
+                result = operation(images, torch.Generator())
+            except Exception as error:  # whatever a transform says of what it cannot do
+                fix = "leave it out, or choose one for such images"
+                raise InputError(key, f"cannot be applied to images of {shape} ({_one_line(error)})", fix) from error
+            if (result.shape, result.dtype) != (images.shape, images.dtype):
+                made = f"{images.dtype} of {shape} into {result.dtype} of {list(result.shape[1:])}"
+                raise InputError(key, f"turns {made}", "choose settings that leave the size and the type as they are")
+
 
 def build_augment(specs: Sequence[str | Mapping[str, Any]]) -> Augment:
     """Make the operations that a configuration lists, by name or as a table with a name and settings.
 
-    ``flip`` (``p``), ``crop`` (``padding``, ``mode``), ``erase`` (``p``, ``size``, a share of the side).
+    ``flip`` (``p``), ``crop`` (``padding``, ``mode``), ``erase`` (``p``, ``size``, a share of the side), or the name of
+    a class of ``torchvision.transforms.v2`` with its arguments.
 
     Raises
     ------
@@ -60,7 +83,7 @@ def _build(key: str, spec: str | Mapping[str, Any]) -> Callable[[Tensor, torch.G
     args = {} if isinstance(spec, str) else dict(spec)
     name = spec if isinstance(spec, str) else args.pop("name", None)
     if name not in _OPERATIONS:
-        raise InputError(key, "there is no such augmentation", closest(str(name), _OPERATIONS), value=name)
+        return _build_transform(key, name, args)
     operation, settings = _OPERATIONS[name]
     for setting, value in args.items():
         if setting not in settings:
@@ -69,6 +92,48 @@ def _build(key: str, spec: str | Mapping[str, Any]) -> Callable[[Tensor, torch.G
         if problem:
             raise InputError(f"{key}.{setting}", problem, f"the default is {settings[setting]!r}", value=value)
     return partial(operation, **{**settings, **args})
+
+
+def _build_transform(key: str, name: Any, args: Mapping[str, Any]) -> Callable[[Tensor, torch.Generator], Tensor]:
+    """Make one of torchvision's transforms."""
+    from torchvision.transforms import v2
+
+    transforms = {
+        known for known, kind in vars(v2).items() if isinstance(kind, type) and issubclass(kind, v2.Transform)
+    }
+    if name not in transforms - {"Transform"}:
+        near = get_close_matches(str(name), {*_OPERATIONS, *transforms}, 1)
+        fix = f"did you mean {near[0]!r}?" if near else "use flip, crop, erase or a class of torchvision.transforms.v2"
+        raise InputError(key, "there is no such augmentation", fix, value=name)
+    try:
+        transform = getattr(v2, name)(**args)
+    except (TypeError, ValueError) as error:
+        fix = f"see torchvision.transforms.v2.{name}"
+        raise InputError(key, f"{name} does not take these settings ({_one_line(error)})", fix, value=args) from None
+    return partial(_transform_each, transform)
+
+
+def _transform_each(transform: nn.Module, images: Tensor, generator: torch.Generator) -> Tensor:
+    """Call a transform for each image; what it draws from torch's own generators follows from `generator`."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    own = _generators(images.device)
+    before = [one.get_state() for one in own]
+    try:
+        for one in own:
+            one.manual_seed(seed)
+        return torch.stack([transform(image) for image in images])
+    finally:
+        for one, state in zip(own, before, strict=True):
+            one.set_state(state)
+
+
+def _generators(device: torch.device) -> list[torch.Generator]:
+    cuda = [torch.cuda.default_generators[torch.cuda.current_device()]] if device.type == "cuda" else []
+    return [torch.default_generator, *cuda]
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 def _flip(images: Tensor, generator: torch.Generator, *, p: float) -> Tensor:

@@ -93,7 +93,9 @@ def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: O
     length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, model)
     scheduler = _build_scheduler(config, optimizer, length)
-    return Parts(data, model, optimizer, scheduler, length, objective, metrics, build_augment(config.data.augment))
+    augment = build_augment(config.data.augment)
+    augment.check(torch.zeros(1, *data.train.shape, dtype=torch.uint8 if data.mean else torch.float32))
+    return Parts(data, model, optimizer, scheduler, length, objective, metrics, augment)
 
 
 def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:
