@@ -32,6 +32,7 @@ _DEPTH = 3
 _POLL_SECONDS = 1.0
 _ALIKE = 3
 _ASK_SECONDS = 60.0
+_EXEC_TRIES, _EXEC_SECONDS = 5, 0.01
 
 
 @dataclass(frozen=True)
@@ -265,15 +266,27 @@ def _state_text(state: JobState | None, history: History | None, *, is_job: bool
 
 
 def _process_state(pid: int) -> JobState:
-    try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return JobState("COMPLETED")
+    stat, command = _look_at(pid)
+    is_zombie = stat.rpartition(")")[2].split()[:1] == ["Z"]
     # The number may be another process's by now, after a reboot above all.
-    if _CONTROLLER not in command:
+    if not stat or is_zombie or _CONTROLLER not in command:
         return JobState("COMPLETED")
-    return JobState("COMPLETED" if stat.rpartition(")")[2].split()[0] == "Z" else "RUNNING", "this machine")
+    return JobState("RUNNING", "this machine")
+
+
+def _look_at(pid: int) -> tuple[str, bytes]:
+    """Return what the kernel says of a process and its command line; both empty if there is none."""
+    stat, command = "", b""
+    for _ in range(_EXEC_TRIES):
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            return "", b""
+        if command:
+            break
+        time.sleep(_EXEC_SECONDS)  # for a moment at its start a program has no command line
+    return stat, command
 
 
 def _requeues(history: History) -> int:
