@@ -197,10 +197,10 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _report(options: argparse.Namespace, rest: list[str]) -> int:
     _no_rest(rest)
-    from distplateau.record.comparison import expand, write_comparison
+    from distplateau.record.report.comparison import expand, write_comparison
 
     if options.wandb:
-        from distplateau.record.hosted import check_installed
+        from distplateau.record.tracking.hosted import check_installed
 
         check_installed()
     run_dirs = expand(options.run_dirs)
@@ -212,8 +212,8 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _host_report(options: argparse.Namespace, run_dirs: list[Path]) -> int:
-    from distplateau.record.backend import Unavailable
-    from distplateau.record.hosted import host_report
+    from distplateau.record.tracking.backend import Unavailable
+    from distplateau.record.tracking.hosted import host_report
 
     sys.stdout.flush()
     [folder, *others] = options.run_dirs
@@ -230,7 +230,7 @@ def _host_report(options: argparse.Namespace, run_dirs: list[Path]) -> int:
 
 def _sync(options: argparse.Namespace, rest: list[str]) -> int:
     _no_rest(rest)
-    from distplateau.record.sync import Outcome, sync
+    from distplateau.record.tracking.sync import Outcome, sync
 
     def say(outcome: Outcome) -> None:
         print(outcome, file=sys.stdout if outcome.complete else sys.stderr, flush=True)
@@ -240,7 +240,7 @@ def _sync(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _write_report(run_dir: Path) -> None:
-    from distplateau.record.report import write_report
+    from distplateau.record.report.page import write_report
 
     sys.stdout.write(f"report {write_report(run_dir).resolve()}\n")
 
@@ -257,10 +257,10 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _replay(options: argparse.Namespace, rest: list[str]) -> int:
     _no_rest(rest)
-    from distplateau.record.curves import read_curve
-    from distplateau.record.replay import VARIED, replay
-    from distplateau.record.replay_figure import save_replay
-    from distplateau.record.replay_table import print_replay
+    from distplateau.record.replay.curves import read_curve
+    from distplateau.record.replay.figure import save_replay
+    from distplateau.record.replay.rerun import VARIED, replay
+    from distplateau.record.replay.table import print_replay
 
     varied = {name: getattr(options, name) for name in VARIED}
     fixed = {"mode": options.mode, "threshold_mode": options.threshold_mode}

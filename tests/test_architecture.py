@@ -17,11 +17,14 @@ PACKAGE = Path(distplateau.__file__).parent
 ROOMS = ["errors", "lockstep", "config", "record", "training", "cluster", "recipes", "arguments", "cli", "__main__"]
 STDLIB_ONLY = ["distplateau.errors", "distplateau.lockstep.plateau", "distplateau.lockstep.schedules"]
 HEAVY = {"torch", "accelerate", "wandb", "matplotlib"}
-NO_TORCH = (
-    "distplateau distplateau.config distplateau.cli distplateau.record.ledger distplateau.record.report "
-    "distplateau.record.mirror distplateau.record.sync distplateau.record.hosted distplateau.record.tracking"
-).split()
-NO_TORCH += [f"distplateau.record.{name}" for name in ("verify", "curves", "replay", "replay_table", "replay_figure")]
+NO_TORCH = ["distplateau", "distplateau.config", "distplateau.cli"]
+NO_TORCH += [
+    f"distplateau.record.{name}"
+    for name in (
+        "ledger", "verify", "report.page", "replay.curves", "replay.rerun", "replay.table", "replay.figure",
+        "tracking.mirror", "tracking.sync", "tracking.hosted", "tracking.tracker",
+    )
+]  # fmt: skip
 
 
 def module_name(path, root=PACKAGE.parent):

@@ -10,7 +10,7 @@ import pytest
 
 from distplateau import cli
 from distplateau.errors import InputError
-from distplateau.record.comparison import expand, write_comparison
+from distplateau.record.report.comparison import expand, write_comparison
 from test_report import CHROMIUM, HOSTILE, Run, check_page
 
 

@@ -17,11 +17,11 @@ import pytest
 
 from distplateau.cli import main
 from distplateau.config import dump_config, parse_config
-from distplateau.record import hosted
-from distplateau.record.backend import Backend, Unavailable
-from distplateau.record.hosted import NOTE, host_report
 from distplateau.record.ledger import Ledger, read_ledger
 from distplateau.record.story import marked_changes, reason, summarize
+from distplateau.record.tracking import hosted
+from distplateau.record.tracking.backend import Backend, Unavailable
+from distplateau.record.tracking.hosted import NOTE, host_report
 from distplateau.record.words import TIMES_SIGN
 from tracked import event
 from wandb_server import API_KEY, StoredRun, WandbServer
@@ -172,7 +172,7 @@ def test_the_hosted_report_says_what_the_local_one_says(server, tmp_path):
 
 
 def test_the_curves_and_values_are_those_that_the_mirror_writes(server, tmp_path):
-    from distplateau.record.rows import rows, summary
+    from distplateau.record.tracking.rows import rows, summary
 
     run_dir = uploaded(server, record(tmp_path))
     host_report([run_dir])
@@ -367,8 +367,8 @@ def test_a_run_of_any_kind_has_a_page(tmp_path, events, losses, best, count):
     """Offline: what the client would send."""
     from wandb_workspaces.reports.v2 import interface as wr
 
-    from distplateau.record.compared import load
-    from distplateau.record.hosted_page import page
+    from distplateau.record.report.compared import load
+    from distplateau.record.tracking.hosted_page import page
 
     ledger = Ledger(tmp_path)
     rule = {"mode": "min", "patience": 3, "factor": [0.1, 0.5], "threshold": 0.0}

@@ -23,12 +23,13 @@ from distplateau.cli import main
 from distplateau.errors import InputError
 from distplateau.lockstep import plateau
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record import curves, replay_figure
-from distplateau.record import replay as module
-from distplateau.record.curves import Curve, read_curve
 from distplateau.record.ledger import read_ledger
-from distplateau.record.replay import noise_of, replay, suggest_patience
-from distplateau.record.replay_table import print_replay
+from distplateau.record.replay import curves
+from distplateau.record.replay import figure as replay_figure
+from distplateau.record.replay import rerun as module
+from distplateau.record.replay.curves import Curve, read_curve
+from distplateau.record.replay.rerun import noise_of, replay, suggest_patience
+from distplateau.record.replay.table import print_replay
 from ranks import run_ranks
 from test_report import LOSSES, RULE, Run
 from test_trainer import make_config
@@ -396,7 +397,8 @@ def test_a_wandb_run_is_read_through_the_api(monkeypatch):
 def test_a_wandb_server_that_cannot_be_reached_is_one_line(tmp_path):
     pytest.importorskip("wandb")
     code = (
-        "import sys; from distplateau.record import curves; from distplateau.cli import main; curves._API_SECONDS = 3; "
+        "import sys; from distplateau.record.replay import curves; from distplateau.cli import main; "
+        "curves._API_SECONDS = 3; "
         "sys.exit(main(['replay', 'wandb:me/mine/abc123']))"
     )
     environment = {**os.environ, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40}

@@ -16,9 +16,11 @@ import pytest
 from distplateau.errors import InputError
 from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
-from distplateau.record import figures, levels, report, story
+from distplateau.record import story
 from distplateau.record import words as wording
 from distplateau.record.ledger import Ledger, read_ledger
+from distplateau.record.report import figures, levels
+from distplateau.record.report import page as report
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -458,7 +460,7 @@ def test_numbers_read_well(number, text):
 def test_neither_torch_nor_matplotlib_until_it_draws(folder):
     Run(folder).validate(*LOSSES[:3])
     code = (
-        "import sys; from distplateau.record import report\n"
+        "import sys; from distplateau.record.report import page as report\n"
         "assert 'matplotlib' not in sys.modules, 'matplotlib at import'\n"
         f"report.write_report({str(folder)!r})\n"
         "assert 'matplotlib' in sys.modules\n"

@@ -14,7 +14,7 @@ import pytest
 from distplateau.config import CheckpointSection
 from distplateau.errors import InputError
 from distplateau.record.ledger import Ledger, read_ledger
-from distplateau.record.report import write_report
+from distplateau.record.report.page import write_report
 from distplateau.training import interruption
 from distplateau.training.checkpoint import CheckpointFolder
 from distplateau.training.step import TrainStep

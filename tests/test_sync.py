@@ -14,10 +14,10 @@ import time
 import pytest
 
 from distplateau.cli import main
-from distplateau.record.backend import Backend
-from distplateau.record.mirror import UPLOAD_LOCK, lock_file
-from distplateau.record.rows import rows
-from distplateau.record.tracking import open_mirror
+from distplateau.record.tracking.backend import Backend
+from distplateau.record.tracking.mirror import UPLOAD_LOCK, lock_file
+from distplateau.record.tracking.rows import rows
+from distplateau.record.tracking.tracker import open_mirror
 from tracked import RUN_ID, Recorder, drop
 from wandb_server import API_KEY, WandbServer
 
@@ -177,7 +177,7 @@ def test_a_requeue_from_an_older_checkpoint_doubles_nothing_and_says_what_differ
 
 def test_rows_that_the_server_does_not_show_yet_are_not_sent_again(server, tmp_path, capsys, monkeypatch):
     """It took them and counts them, but its history lags behind."""
-    monkeypatch.setattr("distplateau.record.sync._ARRIVAL_LIMIT", 1.0)
+    monkeypatch.setattr("distplateau.record.tracking.sync._ARRIVAL_LIMIT", 1.0)
     recorder = recorded(tmp_path)
     client(tmp_path, 1, 2)
     prompt = server.operations["HistoryPage"]

@@ -16,11 +16,11 @@ import pytest
 from distplateau.cli import main as command_line
 from distplateau.config import parse_config
 from distplateau.errors import InputError
-from distplateau.record import tracking
 from distplateau.record.ledger import Ledger, read_ledger
-from distplateau.record.mirror import Notes, flat
-from distplateau.record.rows import alerts, durable_validation, row, rows, segments, summary, up_to
-from distplateau.record.tracking import NoMirror, check_trackers, describe, open_mirror
+from distplateau.record.tracking import tracker as tracking
+from distplateau.record.tracking.mirror import Notes, flat
+from distplateau.record.tracking.rows import alerts, durable_validation, row, rows, segments, summary, up_to
+from distplateau.record.tracking.tracker import NoMirror, check_trackers, describe, open_mirror
 from tracked import RUN_ID, Recorder, drop, event, make_config
 from wandb_server import API_KEY, WandbServer
 
@@ -300,7 +300,7 @@ def test_notes_are_whole_or_not_there(tmp_path, monkeypatch):
     def torn(*_args):
         raise OSError("disk full")
 
-    monkeypatch.setattr("distplateau.record.mirror.os.fsync", torn)
+    monkeypatch.setattr("distplateau.record.tracking.mirror.os.fsync", torn)
     with pytest.raises(OSError, match="disk full"):
         notes.write({"validation": 2})
     assert notes.read() == {"validation": 1}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distplateau.config import dump_config, parse_config
 from distplateau.record.ledger import Ledger
-from distplateau.record.tracking import open_mirror
+from distplateau.record.tracking.tracker import open_mirror
 
 RUN_ID = "abcd1234"
 

@@ -15,7 +15,7 @@ from distplateau.config import dump_config
 from distplateau.errors import InputError
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import Event, History, Ledger, read_ledger
-from distplateau.record.tracking import Mirror, NoMirror, open_mirror
+from distplateau.record.tracking.tracker import Mirror, NoMirror, open_mirror
 from distplateau.training.checkpoint import replace_file
 
 if TYPE_CHECKING:

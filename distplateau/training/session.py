@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from distplateau.record.private import keep_others_out
-from distplateau.record.report import write_report
+from distplateau.record.report.page import write_report
 from distplateau.training.interruption import RESUMABLE, Interrupted
 from distplateau.training.trainer import train
 

@@ -16,7 +16,7 @@ from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
-from distplateau.record.tracking import check_trackers
+from distplateau.record.tracking.tracker import check_trackers
 from distplateau.training.augment import Augment, build_augment
 from distplateau.training.checkpoint import CheckpointFolder
 from distplateau.training.datasets import load

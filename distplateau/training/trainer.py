@@ -21,7 +21,7 @@ from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import sealed_run_id
-from distplateau.record.tracking import new_run_id
+from distplateau.record.tracking.tracker import new_run_id
 from distplateau.training import journal
 from distplateau.training.averaging import WeightAverage
 from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError, Rejected, step_of

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from distplateau.record.curves import Curve, Rates
-    from distplateau.record.replay import Outcome, Replay
+    from distplateau.record.replay.curves import Curve, Rates
+    from distplateau.record.replay.rerun import Outcome, Replay
 
 _MOST_LISTED = 10
 _PIPED_WIDTH = 10_000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
-    from distplateau.record.rows import Alert
+    from distplateau.record.tracking.rows import Alert
 
 _PAGE = 500
 _VIEWS_A_PAGE = 100

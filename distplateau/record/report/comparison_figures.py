@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from distplateau.record.figures import COLOURS, lr_path, scale, style
+from distplateau.record.report.figures import COLOURS, lr_path, scale, style
 from distplateau.record.story import drawable
 from distplateau.record.words import metric_label, metric_text, short
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from distplateau.record.compared import Compared
+    from distplateau.record.report.compared import Compared
 
 # As many as an eye tells apart; the best runs get one, the others are grey.
 _PALETTE = ("validation", "drop", "good", "lr0", "lr1", "lr2", "lr3", "warn")

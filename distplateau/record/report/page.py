@@ -12,9 +12,9 @@ from statistics import median
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from distplateau.record.figures import COLOURS, draw_metrics, draw_run, inline_svg, save_figures
 from distplateau.record.ledger import Event, History, read_ledger
-from distplateau.record.levels import Level, after_best, device_unit, levels
+from distplateau.record.report.figures import COLOURS, draw_metrics, draw_run, inline_svg, save_figures
+from distplateau.record.report.levels import Level, after_best, device_unit, levels
 from distplateau.record.story import (
     METRIC_DRIVEN,
     LRChange,
@@ -76,8 +76,8 @@ def write_report(run_dir: str | Path) -> Path:
 
 def render(history: History) -> str:
     """Return the page as HTML."""
-    template = resources.files("distplateau.record").joinpath("report_template.html").read_text(encoding="utf-8")
-    style = resources.files("distplateau.record").joinpath("page.css").read_text(encoding="utf-8")
+    template = resources.files("distplateau.record.report").joinpath("report_template.html").read_text(encoding="utf-8")
+    style = resources.files("distplateau.record.report").joinpath("page.css").read_text(encoding="utf-8")
     standing, status_class = status(history)
     name = escape(run_name(history))
     return Template(template).substitute(

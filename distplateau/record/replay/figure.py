@@ -7,8 +7,8 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from distplateau.errors import InputError
-from distplateau.record.figures import COLOURS, scale, style
-from distplateau.record.replay_table import label
+from distplateau.record.replay.table import label
+from distplateau.record.report.figures import COLOURS, scale, style
 from distplateau.record.story import drawable
 from distplateau.record.words import metric_label, plural, rates_text, short
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from distplateau.record.curves import Rates
-    from distplateau.record.replay import Outcome, Replay
+    from distplateau.record.replay.curves import Rates
+    from distplateau.record.replay.rerun import Outcome, Replay
 
 _MOST_ROWS = 40
 _ROW_INCHES = 0.25

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from wandb_workspaces.reports.v2 import interface as wr
 
-from distplateau.record.compared import Compared, load
-from distplateau.record.comparison import (
+from distplateau.record.report.compared import Compared, load
+from distplateau.record.report.comparison import (
     differing,
     numbers_only,
     ranked,
     table_cells,
     table_head,
 )
-from distplateau.record.comparison import summarize as summarize_all
-from distplateau.record.report import change_texts, changes_head, facts, no_changes, tiles, ways
+from distplateau.record.report.comparison import summarize as summarize_all
+from distplateau.record.report.page import change_texts, changes_head, facts, no_changes, tiles, ways
 from distplateau.record.story import (
     agreement,
     find_warnings,

@@ -3,8 +3,8 @@
 The ledger is the truth. A validation is mirrored once a durable checkpoint covers it (or the run is finished), so
 that a requeue never sends it twice; rows that a killed process had not sent are sent when the run goes on.
 
-Each tracker lives in a process of its own (`distplateau.record.mirror`): a server that hangs, a client that blocks at
-the end and a start that takes seconds are nothing that the training waits for.
+Each tracker lives in a process of its own (`distplateau.record.tracking.mirror`): a server that hangs, a client that
+blocks at the end and a start that takes seconds are nothing that the training waits for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from distplateau.config import dump_config
 from distplateau.errors import InputError
 from distplateau.record.ledger import FILE_NAME, decode, read_ledger
-from distplateau.record.mirror import INTERRUPTED, Job
+from distplateau.record.tracking.mirror import INTERRUPTED, Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +54,7 @@ _LAUNCHER = (
     "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MPI_", "MV2_", "CCL_", "NODE_RANK",
 )  # fmt: skip
 # The package may have come to the training script by any way: look for it where it is, after everything else.
-_COMMAND = "import sys; sys.path.append({folder!r}); from distplateau.record.mirror import main; main()"
+_COMMAND = "import sys; sys.path.append({folder!r}); from distplateau.record.tracking.mirror import main; main()"
 
 
 class Mirror(Protocol):
@@ -192,7 +192,7 @@ class TrackerProcess:
         descriptors = () if lock is None else (lock.fileno(),)
         with log.open("ab") as stderr:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND.format(folder=str(Path(__file__).parents[2]))],
+                [sys.executable, "-c", _COMMAND.format(folder=str(Path(__file__).parents[3]))],
                 # Unbuffered: a line that cannot be written is lost rather than kept for later.
                 bufsize=0,
                 stdin=subprocess.PIPE,

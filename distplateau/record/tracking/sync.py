@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distplateau.errors import InputError
-from distplateau.record.backend import Backend, Holding, Unavailable, app_url, connect
 from distplateau.record.ledger import History, read_ledger
-from distplateau.record.mirror import UPLOAD_LOCK, Job, lock_file, send_alerts
-from distplateau.record.rows import durable_validation, rows, summary, up_to
 from distplateau.record.story import run_name
-from distplateau.record.tracking import MIRROR_LOG, TrackerProcess
+from distplateau.record.tracking.backend import Backend, Holding, Unavailable, app_url, connect
+from distplateau.record.tracking.mirror import UPLOAD_LOCK, Job, lock_file, send_alerts
+from distplateau.record.tracking.rows import durable_validation, rows, summary, up_to
+from distplateau.record.tracking.tracker import MIRROR_LOG, TrackerProcess
 from distplateau.record.words import plural, which
 
 if TYPE_CHECKING:

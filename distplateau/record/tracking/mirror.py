@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from distplateau.record.backend import Backend, Unavailable, connect
 from distplateau.record.ledger import History, read_ledger
-from distplateau.record.rows import alerts, configuration, rows, summary, up_to
+from distplateau.record.tracking.backend import Backend, Unavailable, connect
+from distplateau.record.tracking.rows import alerts, configuration, rows, summary, up_to
 from distplateau.record.words import plural
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.schedules import Schedule
-    from distplateau.record.curves import Curve, Rates
+    from distplateau.record.replay.curves import Curve, Rates
 
 # The settings that may be varied, in the order of the table.
 VARIED = ("schedule", "patience", "factor", "threshold", "cooldown", "smoothing", "min_lr")

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from distplateau.errors import InputError
-from distplateau.record.backend import Backend, Unavailable, View, app_url, connect
-from distplateau.record.comparison import common_folder
 from distplateau.record.ledger import History, read_ledger
-from distplateau.record.rows import durable_validation
+from distplateau.record.report.comparison import common_folder
 from distplateau.record.story import run_name
-from distplateau.record.sync import describe
+from distplateau.record.tracking.backend import Backend, Unavailable, View, app_url, connect
+from distplateau.record.tracking.rows import durable_validation
+from distplateau.record.tracking.sync import describe
 from distplateau.record.words import plain, plural
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from distplateau.record.mirror import Job
+    from distplateau.record.tracking.mirror import Job
 
 # The client takes no longer title.
 _MAX_TITLE = 128
@@ -43,7 +43,7 @@ _SAVE_LIMIT = 60.0
 _COMMAND = (
     # The client makes folders at import that only an orderly end of the interpreter would remove.
     "import os, sys, tempfile; tempfile.tempdir = os.getcwd(); sys.path.append({folder!r}); "
-    "from distplateau.record.hosted_page import main; main()"
+    "from distplateau.record.tracking.hosted_page import main; main()"
 )
 
 
@@ -185,7 +185,7 @@ def _save(backend: Backend, request: dict[str, Any]) -> str:
         with Path(folder, "log").open("wb") as log:
             # Files, not pipes: the client's service holds them open for a while after the client has gone.
             process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND.format(folder=str(Path(__file__).parents[2]))],
+                [sys.executable, "-c", _COMMAND.format(folder=str(Path(__file__).parents[3]))],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

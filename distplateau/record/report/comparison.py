@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from distplateau.errors import InputError
-from distplateau.record.compared import Compared, load
-from distplateau.record.comparison_figures import draw_curves, draw_parallel
-from distplateau.record.figures import COLOURS, inline_svg, save_figure
 from distplateau.record.ledger import FILE_NAME as LEDGER
+from distplateau.record.report.compared import Compared, load
+from distplateau.record.report.comparison_figures import draw_curves, draw_parallel
+from distplateau.record.report.figures import COLOURS, inline_svg, save_figure
 from distplateau.record.story import best_validation, rule_of, status
 from distplateau.record.words import duration, metric_text, plural, rates_text, short
 
@@ -99,7 +99,7 @@ def ranked(runs: Sequence[Compared]) -> list[Compared]:
 
 def render(runs: Sequence[Compared], folder: Path) -> str:
     """Return the page as HTML; links to the runs' own reports are relative to `folder`."""
-    pages = resources.files("distplateau.record")
+    pages = resources.files("distplateau.record.report")
     style = pages.joinpath("page.css").read_text(encoding="utf-8")
     colours = [" ".join(f"--{name}: {pair[which]};" for name, pair in COLOURS.items()) for which in (0, 1)]
     template = pages.joinpath("comparison_template.html").read_text(encoding="utf-8")
