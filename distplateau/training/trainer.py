@@ -24,12 +24,13 @@ from distplateau.record.ledger import sealed_run_id
 from distplateau.record.tracking.tracker import new_run_id
 from distplateau.training import journal
 from distplateau.training.averaging import WeightAverage
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError, Rejected, step_of
+from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
 from distplateau.training.processes import repeatable_kernels, start_accelerator, threads_put_back
 from distplateau.training.progress import ProgressReport
+from distplateau.training.resuming import agree_on_newest
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.state import Best, Unfinished, check_state
 from distplateau.training.step import TrainStep
@@ -461,12 +462,7 @@ class Trainer:
                 raise MisfitError(f"it is of run {found}, this one is {expected}")
             self._restore(checkpoint)
 
-        checkpoint, rejected = self.checkpoints.load_newest(apply)
-        steps = self._found_steps(checkpoint)
-        if len(set(steps)) > 1 and min(steps) >= 0:  # not every rank can read the newest one
-            checkpoint, rejected = self.checkpoints.load_newest(apply, upto=min(steps))
-            steps = self._found_steps(checkpoint)
-        self._check_found(steps, rejected)
+        checkpoint, rejected = agree_on_newest(self.checkpoints, apply)
         for one in rejected if self.main else ():
             self.accelerator.print(f"checkpoint {one.path} is passed over: {one.reason}")
         if self.main:
@@ -477,25 +473,6 @@ class Trainer:
         elif checkpoint.state["train_loss"] and self.main:
             self.train_step.train_loss.absorb(Partial(**checkpoint.state["train_loss"]))
         return checkpoint
-
-    def _found_steps(self, checkpoint: Checkpoint | None) -> list[int]:
-        """Return the step of each rank's checkpoint, -1 for none. Collective."""
-        assert checkpoint is None or checkpoint.path is not None
-        return gather_object([-1 if checkpoint is None or checkpoint.path is None else step_of(checkpoint.path)])
-
-    def _check_found(self, steps: list[int], rejected: list[Rejected]) -> None:
-        """Refuse to go on from different places, or anew where there is work of another run."""
-        folder = str(self.checkpoints.path)
-        if len(set(steps)) > 1:
-            found = ", ".join(f"rank {rank}: {step if step >= 0 else 'none'}" for rank, step in enumerate(steps))
-            problem = f"does not hold the same checkpoints for all ranks ({found})"
-            raise InputError(folder, problem, "use a run.dir that all nodes share")
-        strangers = [one for one in rejected if one.whole]
-        if steps[0] < 0 and strangers:
-            problem = (
-                f"holds only checkpoints that are not of this run ({strangers[0].path.name}: {strangers[0].reason})"
-            )
-            raise InputError(folder, problem, "remove them, or choose another run.name")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         """Take over everything but the losses since the last validation, which would be added twice."""
