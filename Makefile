@@ -21,7 +21,7 @@ endif
 endif
 DEMO_CONFIG := launch/demo$(if $(filter fashion-mnist,$(DATA)),_fashion_mnist).toml
 
-.PHONY: help demo test lint cluster-test crash-test bench install clean
+.PHONY: help demo test lint slow-test cluster-test crash-test bench install clean
 
 help: ## print the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
@@ -52,13 +52,16 @@ demo: .venv/.installed-demo ## train on every GPU or on 2 CPU processes, evaluat
 	echo 'demo: done. Open this report in a browser:'; \
 	echo "$$report"
 
-test: .venv/.installed-test ## run all tests
+test: .venv/.installed-test ## run all tests that take no minutes (15 minutes)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.installed-test ## ruff check, ruff format --check, pyright
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/pyright
+
+slow-test: .venv/.installed-test ## further cases of what `make test` tries once: a server's outages, ranks (3 minutes)
+	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 cluster-test: .venv/.installed-test ## runs on a real Slurm cluster of this machine, lost in every way (12 minutes; root and Debian)
 	@$(BIN)/python -m pytest -m cluster --timeout 600 $(PYTEST_ARGS)

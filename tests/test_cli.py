@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_and_ends_like_an_uninterrupted_one(folder):
 
 
 @pytest.mark.skipif(not DEBIAN_FASHION_MNIST.is_dir(), reason="Debian's dataset-fashion-mnist is not installed")
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (1, 4))])
 def test_fashion_mnist_recipe(tmp_path, ranks):
     words = [
         "train", ROOT / "launch/fashion_mnist.toml", "--training.epochs", "1", "--data.global_batch_size", "512",

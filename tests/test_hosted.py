@@ -295,6 +295,7 @@ def test_several_runs_are_compared_on_one_page(server, tmp_path, capsys):
     assert_laid_out(panels(server))
 
 
+@pytest.mark.slow
 def test_a_sweep_keeps_its_report_when_runs_are_added(server, tmp_path, capsys):
     sweep = tmp_path / "sweep"
     sweep_of(server, sweep, 2)
@@ -306,6 +307,7 @@ def test_a_sweep_keeps_its_report_when_runs_are_added(server, tmp_path, capsys):
     assert len(run_ids(server)) == 3
 
 
+@pytest.mark.slow
 def test_different_reports_do_not_mix(server, tmp_path):
     server.views_a_page = 2
     a, b, c = sweep_of(server, tmp_path, 3)
@@ -462,9 +464,9 @@ def test_a_ledger_without_a_run_id(server, tmp_path, capsys):
     ("fault", "said", "limit"),
     [
         ("down", "connection failed", 5),
-        ("hang", "timed out", 12),
-        ("500", "answers 500", 5),
-        ("401", "refuses the API key", 5),
+        pytest.param("hang", "timed out", 12, marks=pytest.mark.slow),
+        pytest.param("500", "answers 500", 5, marks=pytest.mark.slow),
+        pytest.param("401", "refuses the API key", 5, marks=pytest.mark.slow),
     ],
 )
 def test_a_server_that_cannot_be_used_is_one_line_in_limited_time(server, tmp_path, capsys, fault, said, limit):
@@ -489,7 +491,9 @@ def test_a_server_that_cannot_be_used_is_one_line_in_limited_time(server, tmp_pa
     assert len(server.views) == 1
 
 
-@pytest.mark.parametrize("fault", ["die", "hang", "500", "401"])
+@pytest.mark.parametrize(
+    "fault", ["401", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ("die", "hang", "500"))]
+)
 def test_an_outage_while_the_report_is_saved_is_limited_too(server, tmp_path, capsys, monkeypatch, fault):
     run_dir = uploaded(server, record(tmp_path))
     monkeypatch.setattr(hosted, "_SAVE_LIMIT", 8.0)

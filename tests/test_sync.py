@@ -264,6 +264,7 @@ def test_a_server_that_fails_is_an_exit_code(server, tmp_path, capsys, fault, sa
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_an_upload_that_did_not_happen_is_told(server, tmp_path, capsys):
     """The server takes the run but not its rows: the client ends as if all were well."""
     recorder = recorded(tmp_path)
