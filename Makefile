@@ -52,7 +52,7 @@ demo: .venv/.installed-demo ## train on every GPU or on 2 CPU processes, evaluat
 	echo 'demo: done. Open this report in a browser:'; \
 	echo "$$report"
 
-test: .venv/.installed-test ## run all tests that take no minutes (15 minutes)
+test: .venv/.installed-test ## run the tests (15 minutes)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/.installed-test ## ruff check, ruff format --check, pyright

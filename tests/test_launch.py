@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
 RUNS = sorted(LAUNCH.glob("*.toml"))
 LAUNCHERS = sorted(LAUNCH.glob("*.yaml"))
-TARGETS = "help demo test lint cluster-test crash-test bench install clean".split()
+TARGETS = "help demo test lint slow-test cluster-test crash-test bench install clean".split()
 
 
 def make(*args, cwd=ROOT, **environment):
