@@ -123,7 +123,8 @@ def assert_survived(runs, whole, name, job, *, ranks=4, epochs=EPOCHS, seconds=2
     history = read_ledger(runs.folder / "runs" / name)
     resumed = [event for event in history.events if event["event"] == "resumed"]
     # A stretch that is interrupted while it starts leaves no word in the ledger.
-    assert resumed[-1]["restart_count"] == runs.cluster.restarts(job) >= len(resumed)
+    # The last signal may come when all is done but the report, which the job comes back for.
+    assert len(resumed) <= resumed[-1]["restart_count"] <= runs.cluster.restarts(job)
     assert resumed[-1]["slurm_job_id"] == job
     assert {event["ranks"] for event in history.validations} == {ranks}
 
