@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset, TensorDataset
 
 from distplateau import fit
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
+from distplateau.training import mistakes
 from distplateau.training.trainer import Trainer
 from ranks import run_ranks
 
@@ -152,3 +156,49 @@ def test_a_sample_unlike_the_others_is_named(tmp_path):
     [told] = run_ranks(_uneven, 1, tmp_path)
     assert "sample 20 of its training set has a float32 tensor [4] where others have float32 [5]" in told
     assert told.endswith("give (input, target): two tensors or numbers, of one shape and dtype for all samples")
+
+
+def late(outputs, targets):
+    """Fail behind the trial before training."""
+    return {} if len(targets) > 2 else {"far": outputs[:, 0]}
+
+
+def _work(rank, key):
+    if rank == 1:
+        raise InputError("training.metrics", "raised", "mend it", value="late")
+    dist.distributed_c10d._get_default_store().wait([key])
+    raise RuntimeError("connection closed by peer")
+
+
+def _mistaken(rank):
+    key = f"distplateau/mistake/{next(copy.copy(mistakes._STRETCHES))}"
+    with pytest.raises(InputError) as error, mistakes.told_once():
+        _work(rank, key)
+    with pytest.raises(RuntimeError, match="of another kind"), mistakes.told_once():
+        raise RuntimeError("of another kind")
+    return str(error.value), error.value.rank
+
+
+def test_all_ranks_name_the_mistake_of_one_and_who_tells_it():
+    assert run_ranks(_mistaken, 2) == [("training.metrics = 'late': raised; mend it", 1)] * 2
+
+
+def named_as_the_loss(outputs, _targets):
+    return {"loss": outputs[:, 0]}
+
+
+def complex_numbers(outputs, _targets):
+    return {"phase": outputs[:, 0] + 1j}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ("named_as_the_loss", "the name loss is taken"),
+        ("complex_numbers", "phase is complex"),
+        ("late", "the function gave far for some batches and not for others"),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(tmp_path, metrics, problem):
+    with pytest.raises(InputError, match=f"training.metrics: {problem}"):
+        fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, metrics=f"test_fit:{metrics}"))

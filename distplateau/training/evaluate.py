@@ -9,6 +9,7 @@ from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.datasets import load
+from distplateau.training.mistakes import told_once
 from distplateau.training.models import load_model
 from distplateau.training.objective import build_objective
 from distplateau.training.processes import start_accelerator
@@ -53,13 +54,14 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     try:
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
         model = model.to(accelerator.device)
-        with accelerator.autocast():
-            data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
-            measure(accelerator, model, data, split, batch_size, objective, metrics)
-        result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
-        result["count"] = int(metrics["val/loss"].count)
-        if accelerator.is_main_process:
-            _write(run_dir / FILE_NAME, split, result)
+        with told_once():
+            with accelerator.autocast():
+                data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
+                measure(accelerator, model, data, split, batch_size, objective, metrics)
+            result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
+            result["count"] = int(metrics["val/loss"].count)
+            if accelerator.is_main_process:
+                _write(run_dir / FILE_NAME, split, result)
     finally:
         accelerator.end_training()
     return result
@@ -76,6 +78,11 @@ def _write(path: Path, split: str, result: dict[str, Any]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        fix = "free space or fix the permissions and evaluate again"
+        raise InputError(str(path), f"cannot be written ({error.strerror or error})", fix) from error

@@ -28,6 +28,7 @@ from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, Misfit
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
+from distplateau.training.mistakes import told_once
 from distplateau.training.processes import repeatable_kernels, start_accelerator, threads_put_back
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
@@ -78,7 +79,7 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
         )
         accelerator = start_accelerator(config.training.precision, kwargs_handlers=[ddp])
         try:
-            with threads_put_back(), repeatable_kernels(config.training.deterministic):
+            with told_once(), threads_put_back(), repeatable_kernels(config.training.deterministic):
                 Trainer(config, parts, accelerator).run()
         finally:
             accelerator.end_training()
@@ -249,7 +250,9 @@ class Trainer:
     def _fail(self) -> NoReturn:
         if self._failure is not None:
             raise self._failure
-        raise InputError(str(self.config.run_dir), "the main rank cannot write there", "see its message")
+        error = InputError(str(self.config.run_dir), "the main rank cannot write there", "see its message")
+        error.rank = 0
+        raise error
 
     def _end(self) -> str | None:
         """Return why the run is at its end, None while it is not. The same on every rank, also after a resume."""

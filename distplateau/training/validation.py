@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distplateau.errors import InputError
 from distplateau.training.data import DataSet, Samples, Split, deal_batches
 
 if TYPE_CHECKING:
@@ -52,9 +53,19 @@ def measure(
         ranges = deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes)
         for images, labels in _blocks(samples, ranges, accelerator.device):
             outputs = network(data.normalize(images)).float()
-            for name, values in objective.metrics(outputs, labels).items():
+            measured = objective.metrics(outputs, labels)
+            if measured.keys() != metrics.keys():
+                _tell_changed_names(measured.keys() ^ metrics.keys())
+            for name, values in measured.items():
                 metrics[name].update(values)
     network.train(was_training)
+
+
+def _tell_changed_names(names: set[str]) -> NoReturn:
+    """Refuse a metric that is there for some batches alone: it would be the mean over some of the samples."""
+    listed = ", ".join(sorted(name.removeprefix("val/") for name in names))
+    fix = "return the same names for every batch, with NaN where there is no value"
+    raise InputError("training.metrics", f"the function gave {listed} for some batches and not for others", fix)
 
 
 def _blocks(
