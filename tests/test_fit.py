@@ -202,3 +202,97 @@ def complex_numbers(outputs, _targets):
 def test_metrics_that_cannot_be_are_refused(tmp_path, metrics, problem):
     with pytest.raises(InputError, match=f"training.metrics: {problem}"):
         fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, metrics=f"test_fit:{metrics}"))
+
+
+class Forward(torch.nn.Linear):
+    """A layer with a forward pass of the test's."""
+
+    def __init__(self, forward):
+        super().__init__(5, 3)
+        self.buffer = torch.nn.Buffer(torch.zeros(1))
+        self.own = forward
+
+    def forward(self, inputs):
+        self.buffer += 1
+        return self.own(self, super().forward(inputs))
+
+
+def broken_in_training(model, outputs):
+    return outputs[0 // 0] if model.training else outputs
+
+
+@pytest.mark.parametrize(
+    ("forward", "problem"),
+    [
+        (lambda _, outputs: (outputs, outputs), "gives a tuple for 1 samples"),
+        (lambda model, outputs: [outputs] if model.training else outputs, "gives a list for 2 samples"),
+        (lambda _, outputs: outputs.sum(), r"gives a tensor \[\] for 1 samples"),
+        (lambda _, outputs: outputs @ outputs, r"fails in evaluation on inputs float32 \[5\] \(RuntimeError"),
+        (broken_in_training, r"fails in training on inputs float32 \[5\] \(ZeroDivisionError"),
+    ],
+)
+def test_a_model_that_fails_is_told_before_training_and_left_as_it_was(tmp_path, forward, problem):
+    model, (inputs, values) = Forward(forward), points(20, 0)
+    data = (inputs, (values > 0).long())
+    random = torch.get_rng_state()
+    with pytest.raises(InputError, match=f"model: {problem}"):
+        fit(model, "cross_entropy", data, data, settings(tmp_path))
+    assert model.training
+    assert not model.buffer
+    assert torch.equal(random, torch.get_rng_state())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "problem"),
+    [
+        ("cross_entropy", torch.arange(20), "train_data: has labels from 0 to 19, and the model gives 3 outputs"),
+        ("mse", torch.arange(20) - 9, "train_data: has labels from -9 to 10, and the model gives 3 outputs"),
+        ("cross_entropy", torch.zeros(20), "training.loss = 'cross_entropy': it raised RuntimeError"),
+        ("mse", torch.zeros(20, 2), "training.loss = 'mse': it raised RuntimeError"),
+        ("bce", torch.full((20, 3), 7.0), "train_data: has targets from 7 to 7; 'bce' takes targets from 0 to 1"),
+        (lambda outputs, _: outputs.detach()[:, 0], torch.zeros(20), "training.loss: its values have no gradient"),
+        (lambda outputs, _: unknown, torch.zeros(20), "training.loss = .*: it raised NameError"),  # noqa: F821
+    ],
+)
+def test_targets_that_do_not_fit_are_told_before_training(tmp_path, loss, targets, problem):
+    inputs, _ = points(20, 0)
+    with pytest.raises(InputError, match=problem):
+        fit(torch.nn.Linear(5, 3), loss, (inputs, targets), (inputs, targets), settings(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "problem"),
+    [
+        ("model", lambda inputs: inputs, "model: is a function"),
+        ("config", 5, "config: is a int"),
+        ("config", {"data": {"augment": ["flip"]}}, r"data.augment = \['flip'\]: the inputs are \[5\] and no images"),
+        ("config", {"training": {"channels_last": True}}, r"training.channels_last = True: the inputs are \[5\]"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(argument, value, problem):
+    given = {"model": torch.nn.Linear(5, 1), "loss": "mse", "train_data": points(9, 0), "val_data": points(9, 1)}
+    with pytest.raises(InputError, match=problem):
+        fit(**{**given, argument: value})
+
+
+def _whole_numbers(rank, folder, loss, high, dtype, width):
+    inputs, values = points(60, 0)
+    targets = (values.abs() * 2).clamp(max=high).to(dtype)
+    run_dir = fit(torch.nn.Linear(5, width), loss, (inputs, targets), (inputs, targets), settings(folder, epochs=2))
+    return set(read_ledger(run_dir).validations[-1]["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "high", "dtype", "width", "names"),
+    [
+        ("mse", 99, torch.int64, 1, {"val/loss"}),
+        ("bce", 1, torch.bool, 1, {"val/loss"}),
+        ("cross_entropy", 2, torch.int32, 3, {"val/loss", "val/accuracy"}),
+        ("mse", 2, torch.int16, 3, {"val/loss", "val/accuracy"}),
+    ],
+)
+def test_targets_are_labels_where_the_model_tells_classes_apart(tmp_path, loss, high, dtype, width, names):
+    [metrics] = run_ranks(_whole_numbers, 1, tmp_path, loss, high, dtype, width)
+    assert metrics == names
