@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import Dataset, TensorDataset
 
 from distplateau import fit
@@ -296,3 +301,37 @@ def _whole_numbers(rank, folder, loss, high, dtype, width):
 def test_targets_are_labels_where_the_model_tells_classes_apart(tmp_path, loss, high, dtype, width, names):
     [metrics] = run_ranks(_whole_numbers, 1, tmp_path, loss, high, dtype, width)
     assert metrics == names
+
+
+TWO_RUNS = """
+import sys, torch
+from distplateau import fit
+data = torch.ones(8, 5), torch.ones(8)
+for name, precision in (("first", "no"), ("second", "bf16")):
+    config = {"run": {"dir": sys.argv[1], "name": name}, "tracking": {"wandb": "disabled"}}
+    fit(torch.nn.Linear(5, 1), "mse", data, data, {**config, "training": {"epochs": 1, "precision": precision}})
+"""
+
+
+def test_a_process_trains_one_run_after_the_other(tmp_path):
+    (tmp_path / "two_runs.py").write_text(TWO_RUNS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, tmp_path / "two_runs.py", tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("first", "second"):
+        event = read_ledger(tmp_path / name).finished
+        assert event["validations"] == 1
+        assert read_ledger(tmp_path / name).validations[0]["ranks"] == 2
+
+
+def test_accelerate_set_up_with_another_precision_is_told(tmp_path):
+    Accelerator(cpu=True)
+    try:
+        with pytest.raises(InputError, match=r"training.precision = 'bf16': this process has set up"):
+            fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, precision="bf16"))
+        assert PartialState._shared_state  # the caller's own
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

@@ -12,7 +12,7 @@ from distplateau.training.datasets import load
 from distplateau.training.mistakes import told_once
 from distplateau.training.models import load_model
 from distplateau.training.objective import build_objective
-from distplateau.training.processes import start_accelerator
+from distplateau.training.processes import accelerated
 from distplateau.training.validation import measure, metric_names
 
 if TYPE_CHECKING:
@@ -50,20 +50,16 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     data = load(config.data, config.run.seed)
     objective = build_objective(config.training, data.num_classes)
     metrics = {name: GlobalMean() for name in metric_names(objective, model, data)}
-    accelerator = start_accelerator(config.training.precision)
-    try:
+    with accelerated(config.training.precision) as accelerator, told_once():
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
         model = model.to(accelerator.device)
-        with told_once():
-            with accelerator.autocast():
-                data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
-                measure(accelerator, model, data, split, batch_size, objective, metrics)
-            result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
-            result["count"] = int(metrics["val/loss"].count)
-            if accelerator.is_main_process:
-                _write(run_dir / FILE_NAME, split, result)
-    finally:
-        accelerator.end_training()
+        with accelerator.autocast():
+            data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
+            measure(accelerator, model, data, split, batch_size, objective, metrics)
+        result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
+        result["count"] = int(metrics["val/loss"].count)
+        if accelerator.is_main_process:
+            _write(run_dir / FILE_NAME, split, result)
     return result
 
 

@@ -29,7 +29,7 @@ from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
 from distplateau.training.mistakes import told_once
-from distplateau.training.processes import repeatable_kernels, start_accelerator, threads_put_back
+from distplateau.training.processes import accelerated, repeatable_kernels, threads_put_back
 from distplateau.training.progress import ProgressReport
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
 from distplateau.training.state import Best, Unfinished, check_state
@@ -77,12 +77,13 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
         ddp = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.training.static_graph
         )
-        accelerator = start_accelerator(config.training.precision, kwargs_handlers=[ddp])
-        try:
-            with told_once(), threads_put_back(), repeatable_kernels(config.training.deterministic):
-                Trainer(config, parts, accelerator).run()
-        finally:
-            accelerator.end_training()
+        with (
+            accelerated(config.training.precision, kwargs_handlers=[ddp]) as accelerator,
+            told_once(),
+            threads_put_back(),
+            repeatable_kernels(config.training.deterministic),
+        ):
+            Trainer(config, parts, accelerator).run()
     return config.run_dir
 
 
