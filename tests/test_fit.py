@@ -18,6 +18,7 @@ from distplateau import fit
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 from distplateau.training import mistakes
+from distplateau.training.evaluate import evaluate
 from distplateau.training.trainer import Trainer
 from ranks import run_ranks
 
@@ -335,3 +336,21 @@ def test_accelerate_set_up_with_another_precision_is_told(tmp_path):
         assert PartialState._shared_state  # the caller's own
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_without_a_finite_metric_is_told_so(tmp_path, capsys):
+    inputs, values = points(20, 0)
+    nothing = inputs, values * torch.nan
+    fit(torch.nn.Linear(5, 1), "mse", nothing, nothing, settings(tmp_path, epochs=1))
+    assert "val/loss was never a finite number, so that there are no best weights, " in capsys.readouterr().out
+    raising = {**settings(tmp_path / "raising", epochs=1), "schedule": {"nonfinite": "raise"}}
+    with pytest.raises(InputError, match=r"schedule.nonfinite = 'raise': val/loss is nan after step 2, which ends"):
+        fit(torch.nn.Linear(5, 1), "mse", nothing, nothing, raising)
+
+
+def test_a_run_whose_model_is_not_described_cannot_be_evaluated(tmp_path):
+    run_dir = fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, epochs=1))
+    with pytest.raises(
+        InputError, match=r"run: was trained by fit\(\) on a model that the run folder does not describe"
+    ):
+        evaluate(run_dir)

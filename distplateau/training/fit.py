@@ -15,6 +15,7 @@ from distplateau.errors import InputError
 from distplateau.training.data import DataSet, Split
 from distplateau.training.loader import MapStyle, PairSpec, StreamedSplit, WrongItemError, kind_of, raised, repeatable
 from distplateau.training.losses import build_loss, per_sample
+from distplateau.training.models import GIVEN_TO_FIT
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.setup import assemble_parts, check_ranks
 from distplateau.training.trainer import train_parts
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     Samples = Dataset[Any] | tuple[Tensor, Tensor]
-
-_BY_HAND = "given to fit()"
 
 
 def fit(
@@ -90,7 +89,7 @@ def _settings(config: Config | Mapping[str, Any] | str | Path | None) -> Config:
         config = parse_config(dict(config))
     elif not isinstance(config, Config):
         raise InputError("config", f"is {kind_of(config)}", "give a table of plain values, or the path of a TOML file")
-    by_hand = {"name": _BY_HAND, "args": {}}
+    by_hand = {"name": GIVEN_TO_FIT, "args": {}}
     sections = {"model": config.model.model_copy(update=by_hand), "data": config.data.model_copy(update=by_hand)}
     return config.model_copy(update=sections)
 
@@ -126,13 +125,13 @@ def _streamed(argument: str, dataset: Dataset[Any], workers: int) -> StreamedSpl
     except Exception as error:  # the user's code
         raise InputError(argument, f"sample 0 {raised(error)}", "mend the data set") from error
     part = {"train_data": "training", "val_data": "validation"}[argument]
-    return StreamedSplit(samples, spec, workers, source=_BY_HAND, part=part)
+    return StreamedSplit(samples, spec, workers, source=GIVEN_TO_FIT, part=part)
 
 
 def _data_set(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> DataSet:
     nothing = torch.empty(0)
     classes = tuple(map(str, range(_num_classes(train, validation, model))))
-    return DataSet(_BY_HAND, train, validation, Split(nothing, nothing), classes, mean=(), std=())
+    return DataSet(GIVEN_TO_FIT, train, validation, Split(nothing, nothing), classes, mean=(), std=())
 
 
 def _num_classes(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> int:

@@ -95,6 +95,9 @@ def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: O
     length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, model)
     scheduler = _build_scheduler(config, optimizer, length)
+    if config.training.early_stop == "min_lr" and scheduler.at_floor():
+        problem = f"schedule.min_lr is no lower than the rate at the start, {max(scheduler.get_last_lr()):g}"
+        raise InputError("training.early_stop", problem, "lower schedule.min_lr", value="min_lr")
     return Parts(data, model, optimizer, scheduler, length, objective, metrics, build_augment(config.data.augment))
 
 

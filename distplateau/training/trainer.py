@@ -20,6 +20,7 @@ from distplateau.errors import InputError
 from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
+from distplateau.lockstep.plateau import NonFiniteMetricError
 from distplateau.record.ledger import sealed_run_id
 from distplateau.record.tracking import new_run_id
 from distplateau.training import journal
@@ -279,7 +280,7 @@ class Trainer:
         monitored = self.metrics[self.config.schedule.monitor]
         others = [metric for metric in self.metrics.values() if metric is not monitored]
         consultation = self.scheduler.consult(monitored, also=[*others, self.train_step.train_loss])
-        decision = self.scheduler.decide(consultation.value)
+        decision = self._decide(consultation.value)
         self.reductions += decision.reduced
         improved = self._note_best(decision)
         event = self._event(decision, consultation)
@@ -291,6 +292,14 @@ class Trainer:
             if improved and not self._checkpoint_is_due():
                 self._attempt(self._save_best)
         return event
+
+    def _decide(self, value: float) -> Decision:
+        try:
+            return self.scheduler.decide(value)
+        except NonFiniteMetricError:
+            problem = f"{self.config.schedule.monitor} is {value} after step {self.step}, which ends the run as asked"
+            fix = "use 'bad' or 'ignore', or a lower optimizer.lr"
+            raise InputError("schedule.nonfinite", problem, fix, value="raise") from None
 
     def _note_best(self, decision: Decision) -> bool:
         """Remember the best value as such, without the threshold that the schedule puts on it."""
@@ -566,10 +575,12 @@ class Trainer:
             return
         if self.main:
             self._attempt(self._record_end)
-        progress.say(
-            f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
-            f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}; run folder {self.config.run_dir}"
-        )
+        monitor, best = self.config.schedule.monitor, self.best
+        told = f"best {monitor} {best.value:.6g} at validation {best.validation}"
+        if not best.validation:
+            told = f"{monitor} was never a finite number, so that there are no best weights"
+        reductions = f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}"
+        progress.say(f"{told}, {reductions}; run folder {self.config.run_dir}")
 
     def _record_end(self) -> None:
         self.journal.finished(
