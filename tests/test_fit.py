@@ -354,3 +354,16 @@ def test_a_run_whose_model_is_not_described_cannot_be_evaluated(tmp_path):
         InputError, match=r"run: was trained by fit\(\) on a model that the run folder does not describe"
     ):
         evaluate(run_dir)
+
+
+def _fewer_samples_than_ranks(rank, folder):
+    layers = torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+    model = torch.nn.Sequential(*layers)
+    run_dir = fit(model, "mse", points(1, 0), points(1, 1), settings(folder, epochs=3, ema=0.5))
+    return [event["count"] for event in read_ledger(run_dir).validations], model[0].weight.detach()
+
+
+def test_one_sample_for_two_ranks_with_batchnorm(tmp_path):
+    (counts, weights), (_, others) = run_ranks(_fewer_samples_than_ranks, 2, tmp_path)
+    assert counts == [1, 1, 1]
+    assert torch.equal(weights, others)
