@@ -284,7 +284,7 @@ def _no_rest(rest: list[str]) -> None:
 
 def _refuse(error: InputError) -> int:
     """Print the one line once, not once per rank, and wait with the others until it is out."""
-    if _is_first_rank():
+    if os.environ.get("RANK", "0") == str(error.rank or 0):
         sys.stderr.write(f"distplateau: {error}\n")
         sys.stderr.flush()
     else:

@@ -20,10 +20,16 @@ class InputError(ValueError):
         What stands there, shown with `repr`; leave it out where the path says it all.
     problem, fix
         What is wrong, and what to write instead.
+
+    Attributes
+    ----------
+    rank
+        The one that has to tell it, where it was met in the middle of the work; None if all have met it alike.
     """
 
     def __init__(self, where: str, problem: str, fix: str, *, value: object = ...) -> None:
         self.where, self.value, self.problem, self.fix = where, value, problem, fix
+        self.rank: int | None = None
         subject = where if value is ... else f"{where} = {value!r}"
         super().__init__(" ".join(f"{subject}: {problem}; {fix}".split()))
 

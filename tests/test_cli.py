@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from distplateau import cli
+from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 from distplateau.training.data import DEBIAN_FASHION_MNIST
 
@@ -213,3 +215,13 @@ def test_fashion_mnist_recipe(tmp_path, ranks):
     [event] = read_ledger(tmp_path / "recipe").validations
     assert event["ranks"] == ranks  # the digest agreed on all of them, or there would be no such line
     assert event["metrics"]["val/accuracy"] > 0.8
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", False), ("1", True)])
+def test_the_rank_that_met_a_mistake_tells_it(monkeypatch, capsys, rank, told):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(cli.time, "sleep", lambda _seconds: None)
+    error = InputError("training.loss", "it raised", "mend it")
+    error.rank = 1
+    assert cli._refuse(error) == 2
+    assert ("training.loss" in capsys.readouterr().err) is told

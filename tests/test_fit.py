@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import Dataset, TensorDataset
 
 from distplateau import fit
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
+from distplateau.training import mistakes
+from distplateau.training.evaluate import evaluate
 from distplateau.training.trainer import Trainer
 from ranks import run_ranks
 
@@ -152,3 +162,208 @@ def test_a_sample_unlike_the_others_is_named(tmp_path):
     [told] = run_ranks(_uneven, 1, tmp_path)
     assert "sample 20 of its training set has a float32 tensor [4] where others have float32 [5]" in told
     assert told.endswith("give (input, target): two tensors or numbers, of one shape and dtype for all samples")
+
+
+def late(outputs, targets):
+    """Fail behind the trial before training."""
+    return {} if len(targets) > 2 else {"far": outputs[:, 0]}
+
+
+def _work(rank, key):
+    if rank == 1:
+        raise InputError("training.metrics", "raised", "mend it", value="late")
+    dist.distributed_c10d._get_default_store().wait([key])
+    raise RuntimeError("connection closed by peer")
+
+
+def _mistaken(rank):
+    key = f"distplateau/mistake/{next(copy.copy(mistakes._STRETCHES))}"
+    with pytest.raises(InputError) as error, mistakes.told_once():
+        _work(rank, key)
+    with pytest.raises(RuntimeError, match="of another kind"), mistakes.told_once():
+        raise RuntimeError("of another kind")
+    return str(error.value), error.value.rank
+
+
+def test_all_ranks_name_the_mistake_of_one_and_who_tells_it():
+    assert run_ranks(_mistaken, 2) == [("training.metrics = 'late': raised; mend it", 1)] * 2
+
+
+def named_as_the_loss(outputs, _targets):
+    return {"loss": outputs[:, 0]}
+
+
+def complex_numbers(outputs, _targets):
+    return {"phase": outputs[:, 0] + 1j}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "problem"),
+    [
+        ("named_as_the_loss", "the name loss is taken"),
+        ("complex_numbers", "phase is complex"),
+        ("late", "the function gave far for some batches and not for others"),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(tmp_path, metrics, problem):
+    with pytest.raises(InputError, match=f"training.metrics: {problem}"):
+        fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, metrics=f"test_fit:{metrics}"))
+
+
+class Forward(torch.nn.Linear):
+    """A layer with a forward pass of the test's."""
+
+    def __init__(self, forward):
+        super().__init__(5, 3)
+        self.buffer = torch.nn.Buffer(torch.zeros(1))
+        self.own = forward
+
+    def forward(self, inputs):
+        self.buffer += 1
+        return self.own(self, super().forward(inputs))
+
+
+def broken_in_training(model, outputs):
+    return outputs[0 // 0] if model.training else outputs
+
+
+@pytest.mark.parametrize(
+    ("forward", "problem"),
+    [
+        (lambda _, outputs: (outputs, outputs), "gives a tuple for 1 samples"),
+        (lambda model, outputs: [outputs] if model.training else outputs, "gives a list for 2 samples"),
+        (lambda _, outputs: outputs.sum(), r"gives a tensor \[\] for 1 samples"),
+        (lambda _, outputs: outputs @ outputs, r"fails in evaluation on inputs float32 \[5\] \(RuntimeError"),
+        (broken_in_training, r"fails in training on inputs float32 \[5\] \(ZeroDivisionError"),
+    ],
+)
+def test_a_model_that_fails_is_told_before_training_and_left_as_it_was(tmp_path, forward, problem):
+    model, (inputs, values) = Forward(forward), points(20, 0)
+    data = (inputs, (values > 0).long())
+    random = torch.get_rng_state()
+    with pytest.raises(InputError, match=f"model: {problem}"):
+        fit(model, "cross_entropy", data, data, settings(tmp_path))
+    assert model.training
+    assert not model.buffer
+    assert torch.equal(random, torch.get_rng_state())
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("loss", "targets", "problem"),
+    [
+        ("cross_entropy", torch.arange(20), "train_data: has labels from 0 to 19, and the model gives 3 outputs"),
+        ("mse", torch.arange(20) - 9, "train_data: has labels from -9 to 10, and the model gives 3 outputs"),
+        ("cross_entropy", torch.zeros(20), "training.loss = 'cross_entropy': it raised RuntimeError"),
+        ("mse", torch.zeros(20, 2), "training.loss = 'mse': it raised RuntimeError"),
+        ("bce", torch.full((20, 3), 7.0), "train_data: has targets from 7 to 7; 'bce' takes targets from 0 to 1"),
+        (lambda outputs, _: outputs.detach()[:, 0], torch.zeros(20), "training.loss: its values have no gradient"),
+        (lambda outputs, _: unknown, torch.zeros(20), "training.loss = .*: it raised NameError"),  # noqa: F821
+    ],
+)
+def test_targets_that_do_not_fit_are_told_before_training(tmp_path, loss, targets, problem):
+    inputs, _ = points(20, 0)
+    with pytest.raises(InputError, match=problem):
+        fit(torch.nn.Linear(5, 3), loss, (inputs, targets), (inputs, targets), settings(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "problem"),
+    [
+        ("model", lambda inputs: inputs, "model: is a function"),
+        ("config", 5, "config: is a int"),
+        ("config", {"data": {"augment": ["flip"]}}, r"data.augment = \['flip'\]: the inputs are \[5\] and no images"),
+        ("config", {"training": {"channels_last": True}}, r"training.channels_last = True: the inputs are \[5\]"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(argument, value, problem):
+    given = {"model": torch.nn.Linear(5, 1), "loss": "mse", "train_data": points(9, 0), "val_data": points(9, 1)}
+    with pytest.raises(InputError, match=problem):
+        fit(**{**given, argument: value})
+
+
+def _whole_numbers(rank, folder, loss, high, dtype, width):
+    inputs, values = points(60, 0)
+    targets = (values.abs() * 2).clamp(max=high).to(dtype)
+    run_dir = fit(torch.nn.Linear(5, width), loss, (inputs, targets), (inputs, targets), settings(folder, epochs=2))
+    return set(read_ledger(run_dir).validations[-1]["metrics"])
+
+
+@pytest.mark.parametrize(
+    ("loss", "high", "dtype", "width", "names"),
+    [
+        ("mse", 99, torch.int64, 1, {"val/loss"}),
+        ("bce", 1, torch.bool, 1, {"val/loss"}),
+        ("cross_entropy", 2, torch.int32, 3, {"val/loss", "val/accuracy"}),
+        ("mse", 2, torch.int16, 3, {"val/loss", "val/accuracy"}),
+    ],
+)
+def test_targets_are_labels_where_the_model_tells_classes_apart(tmp_path, loss, high, dtype, width, names):
+    [metrics] = run_ranks(_whole_numbers, 1, tmp_path, loss, high, dtype, width)
+    assert metrics == names
+
+
+TWO_RUNS = """
+import sys, torch
+from distplateau import fit
+data = torch.ones(8, 5), torch.ones(8)
+for name, precision in (("first", "no"), ("second", "bf16")):
+    config = {"run": {"dir": sys.argv[1], "name": name}, "tracking": {"wandb": "disabled"}}
+    fit(torch.nn.Linear(5, 1), "mse", data, data, {**config, "training": {"epochs": 1, "precision": precision}})
+"""
+
+
+def test_a_process_trains_one_run_after_the_other(tmp_path):
+    (tmp_path / "two_runs.py").write_text(TWO_RUNS)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*launch, tmp_path / "two_runs.py", tmp_path], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("first", "second"):
+        event = read_ledger(tmp_path / name).finished
+        assert event["validations"] == 1
+        assert read_ledger(tmp_path / name).validations[0]["ranks"] == 2
+
+
+def test_accelerate_set_up_with_another_precision_is_told(tmp_path):
+    Accelerator(cpu=True)
+    try:
+        with pytest.raises(InputError, match=r"training.precision = 'bf16': this process has set up"):
+            fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, precision="bf16"))
+        assert PartialState._shared_state  # the caller's own
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_a_run_without_a_finite_metric_is_told_so(tmp_path, capsys):
+    inputs, values = points(20, 0)
+    nothing = inputs, values * torch.nan
+    fit(torch.nn.Linear(5, 1), "mse", nothing, nothing, settings(tmp_path, epochs=1))
+    assert "val/loss was never a finite number, so that there are no best weights, " in capsys.readouterr().out
+    raising = {**settings(tmp_path / "raising", epochs=1), "schedule": {"nonfinite": "raise"}}
+    with pytest.raises(InputError, match=r"schedule.nonfinite = 'raise': val/loss is nan after step 2, which ends"):
+        fit(torch.nn.Linear(5, 1), "mse", nothing, nothing, raising)
+
+
+def test_a_run_whose_model_is_not_described_cannot_be_evaluated(tmp_path):
+    run_dir = fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, epochs=1))
+    with pytest.raises(
+        InputError, match=r"run: was trained by fit\(\) on a model that the run folder does not describe"
+    ):
+        evaluate(run_dir)
+
+
+def _fewer_samples_than_ranks(rank, folder):
+    layers = torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1)
+    model = torch.nn.Sequential(*layers)
+    run_dir = fit(model, "mse", points(1, 0), points(1, 1), settings(folder, epochs=3, ema=0.5))
+    return [event["count"] for event in read_ledger(run_dir).validations], model[0].weight.detach()
+
+
+def test_one_sample_for_two_ranks_with_batchnorm(tmp_path):
+    (counts, weights), (_, others) = run_ranks(_fewer_samples_than_ranks, 2, tmp_path)
+    assert counts == [1, 1, 1]
+    assert torch.equal(weights, others)

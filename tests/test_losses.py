@@ -45,6 +45,18 @@ def test_regression_targets():
     torch.testing.assert_close(build_loss("mse", {})(OUTPUTS[:, :1], OUTPUTS[:, 0] + 3), torch.full((7,), 9.0))
 
 
+def test_whole_numbers_are_targets_where_there_is_one_for_each_output():
+    numbers = torch.arange(7)
+    torch.testing.assert_close(build_loss("mse", {})(numbers[:, None] + 3.0, numbers), torch.full((7,), 9.0))
+    torch.testing.assert_close(build_loss("bce", {})(OUTPUTS, ONE_HOT.bool()), build_loss("bce", {})(OUTPUTS, LABELS))
+
+
+def test_labels_in_many_places_give_one_value_per_sample():
+    outputs, labels = OUTPUTS.view(7, 2, 2), LABELS.view(7, 1).expand(7, 2) // 2
+    expected = torch.stack([functional.cross_entropy(outputs[i].T, labels[i]) for i in range(7)])
+    torch.testing.assert_close(build_loss("cross_entropy", {})(outputs, labels.int()), expected)
+
+
 def test_a_function_of_the_user(tmp_path, monkeypatch):
     (tmp_path / "my_losses.py").write_text(
         "def absolute(outputs, targets, scale=1.0):\n    return scale * outputs.abs().sum(1)\n"

@@ -96,3 +96,9 @@ def test_a_schedule_without_patience(clock, capsys):
     clock.now += 1
     report.stepped(11, lambda: 0.25, lambda: [0.05])
     assert "best 0.3000  64 samples/s" in capsys.readouterr().out
+
+
+def test_only_shares_are_told_in_percent(clock, capsys):
+    metrics = {"val/loss": 0.4, "val/accuracy": 0.75, "val/top5": 1.0, "val/margin": 2.345678}
+    follow("1 min").validated({**EVENT, "metrics": metrics})
+    assert "val 0.4000  accuracy 75.00 %  top5 100.00 %  margin 2.346  lr" in capsys.readouterr().out

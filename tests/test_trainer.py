@@ -393,6 +393,7 @@ def test_batch_smaller_than_the_ranks_is_refused(tmp_path, monkeypatch):
     [
         ({"optimizer": {"name": "adamm"}}, r"optimizer.name = 'adamm'.*'adam'"),
         ({"optimizer": {"beta": 0.9}}, r"optimizer.beta = 0.9: unknown key.*'betas'"),
+        ({"optimizer": {"name": "adam", "betas": [0.9]}}, r"optimizer: adam refuses its settings"),
         ({"optimizer": {"name": "sgd", "momentum": -1.0}}, r"optimizer: sgd refuses its settings"),
         ({"optimizer": {"groups": [{"match": "nothing"}]}}, r"optimizer.groups.0.match = 'nothing'"),
         ({"schedule": {"monitor": "val/los"}}, r"schedule.monitor = 'val/los'"),

@@ -59,6 +59,10 @@ def test_early_stop_at_min_lr(tmp_path):
             {"training": {"early_stop": "1 reduction"}, "schedule": {"name": "cosine"}},
             "training.early_stop = '1 reduction': the 'cosine' schedule makes no reductions",
         ),
+        (
+            {"training": {"early_stop": "min_lr"}, "schedule": {"min_lr": 0.01}, "optimizer": {"lr": 0.01}},
+            "training.early_stop = 'min_lr': schedule.min_lr is no lower than the rate at the start, 0.01",
+        ),
         ({"training": {"early_stop": "soon"}}, "training.early_stop = 'soon': write \"3 reductions\""),
     ],
 )

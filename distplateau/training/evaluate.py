@@ -9,9 +9,10 @@ from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.training.datasets import load
+from distplateau.training.mistakes import told_once
 from distplateau.training.models import load_model
 from distplateau.training.objective import build_objective
-from distplateau.training.processes import start_accelerator
+from distplateau.training.processes import accelerated
 from distplateau.training.validation import measure, metric_names
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     data = load(config.data, config.run.seed)
     objective = build_objective(config.training, data.num_classes)
     metrics = {name: GlobalMean() for name in metric_names(objective, model, data)}
-    accelerator = start_accelerator(config.training.precision)
-    try:
+    with accelerated(config.training.precision) as accelerator, told_once():
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
         model = model.to(accelerator.device)
         with accelerator.autocast():
@@ -60,8 +60,6 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
         result["count"] = int(metrics["val/loss"].count)
         if accelerator.is_main_process:
             _write(run_dir / FILE_NAME, split, result)
-    finally:
-        accelerator.end_training()
     return result
 
 
@@ -76,6 +74,11 @@ def _write(path: Path, split: str, result: dict[str, Any]) -> None:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         known = {}
+    known = known if isinstance(known, dict) else {}
     partial = path.with_name(f".partial-{path.name}")
-    partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        fix = "free space or fix the permissions and evaluate again"
+        raise InputError(str(path), f"cannot be written ({error.strerror or error})", fix) from error

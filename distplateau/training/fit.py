@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
 from distplateau.config import Config, load_config, parse_config
@@ -14,18 +15,16 @@ from distplateau.errors import InputError
 from distplateau.training.data import DataSet, Split
 from distplateau.training.loader import MapStyle, PairSpec, StreamedSplit, WrongItemError, kind_of, raised, repeatable
 from distplateau.training.losses import build_loss, per_sample
+from distplateau.training.models import GIVEN_TO_FIT
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.setup import assemble_parts, check_ranks
 from distplateau.training.trainer import train_parts
+from distplateau.training.validation import try_forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch import nn
+    from collections.abc import Callable
 
     Samples = Dataset[Any] | tuple[Tensor, Tensor]
-
-_BY_HAND = "given to fit()"
 
 
 def fit(
@@ -46,7 +45,8 @@ def fit(
     train_data, val_data
         ``(inputs, targets)`` tensors, [n, ...] each, which stay in memory, or a map-style dataset of such pairs, which
         ``data.workers`` processes read while it is used, with its random transforms seeded by (seed, step, rank).
-        Inputs go to the model as they are. With integer targets [n] there is an accuracy beside the loss.
+        Inputs go to the model as they are. With integer targets [n] and more than one output for each sample there
+        is an accuracy beside the loss.
     config
         A run's configuration, a tree of plain values, or the path of a TOML file; ``[data]`` gives the batch sizes,
         ``[model]`` is not used.
@@ -67,8 +67,13 @@ def fit(
     """
     settings = _settings(config)
     check_ranks(settings)
+    if not isinstance(model, nn.Module):
+        raise InputError("model", f"is {kind_of(model)}", "give a torch.nn.Module")
     workers = settings.data.workers
-    data = _data_set(_samples("train_data", train_data, workers), _samples("val_data", val_data, workers), model)
+    train, validation = _samples("train_data", train_data, workers), _samples("val_data", val_data, workers)
+    data = _data_set(train, validation, model)
+    _check_targets("train_data", train, loss, data.num_classes)
+    _check_targets("val_data", validation, loss, data.num_classes)
     further = build_objective(settings.training, 0).further
     function = build_loss(loss, settings.training.loss_args) if isinstance(loss, str) else per_sample(loss, _name(loss))
     objective = Objective(function, data.num_classes, further)
@@ -80,9 +85,11 @@ def _settings(config: Config | Mapping[str, Any] | str | Path | None) -> Config:
         config = {}
     if isinstance(config, str | Path):
         config = load_config(config)
-    elif not isinstance(config, Config):
+    elif isinstance(config, Mapping):
         config = parse_config(dict(config))
-    by_hand = {"name": _BY_HAND, "args": {}}
+    elif not isinstance(config, Config):
+        raise InputError("config", f"is {kind_of(config)}", "give a table of plain values, or the path of a TOML file")
+    by_hand = {"name": GIVEN_TO_FIT, "args": {}}
     sections = {"model": config.model.model_copy(update=by_hand), "data": config.data.model_copy(update=by_hand)}
     return config.model_copy(update=sections)
 
@@ -118,41 +125,36 @@ def _streamed(argument: str, dataset: Dataset[Any], workers: int) -> StreamedSpl
     except Exception as error:  # the user's code
         raise InputError(argument, f"sample 0 {raised(error)}", "mend the data set") from error
     part = {"train_data": "training", "val_data": "validation"}[argument]
-    return StreamedSplit(samples, spec, workers, source=_BY_HAND, part=part)
+    return StreamedSplit(samples, spec, workers, source=GIVEN_TO_FIT, part=part)
 
 
 def _data_set(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> DataSet:
     nothing = torch.empty(0)
     classes = tuple(map(str, range(_num_classes(train, validation, model))))
-    return DataSet(_BY_HAND, train, validation, Split(nothing, nothing), classes, mean=(), std=())
+    return DataSet(GIVEN_TO_FIT, train, validation, Split(nothing, nothing), classes, mean=(), std=())
 
 
 def _num_classes(train: Split | StreamedSplit, validation: Split | StreamedSplit, model: nn.Module) -> int:
-    """Return how many classes there are; 0 where the targets are no labels.
-
-    Labels of a data set are read with its samples: what the model tells apart is known before.
-    """
-    parts = (train, validation)
-    if all(isinstance(part, Split) for part in parts):
-        labels = torch.cat([part.labels for part in parts if isinstance(part, Split)])
-        are_classes = not labels.is_floating_point() and labels.dim() == 1
-        return int(labels.max()) + 1 if are_classes else 0
+    """Return how many classes the model tells apart; 0 where the targets are no labels."""
     with repeatable(0):
-        first = [next(iter(part.batches([torch.tensor([0])], torch.device("cpu")))) for part in parts]
-        if any(targets.is_floating_point() or targets.dim() != 1 for _, targets in first):
-            return 0
-        outputs = _outputs(model, first[0][0])
-    return outputs.shape[1] if outputs.dim() == 2 else 0
+        first = [next(iter(part.batches([torch.tensor([0])], torch.device("cpu")))) for part in (train, validation)]
+    if any(targets.is_floating_point() or targets.dim() != 1 for _, targets in first):
+        return 0
+    with torch.no_grad():
+        outputs = try_forward(model, first[0][0], training=False)
+    return outputs.shape[1] if outputs.dim() == 2 and outputs.shape[1] > 1 else 0
 
 
-def _outputs(model: nn.Module, inputs: Tensor) -> Tensor:
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    training = model.training
-    model.eval()
-    with torch.inference_mode():
-        outputs: Tensor = model(inputs.to(device))
-    model.train(training)
-    return outputs
+def _check_targets(argument: str, samples: Split | StreamedSplit, loss: object, num_classes: int) -> None:
+    """Look at all targets in memory, for the losses that are known; those of a data set are seen as they are read."""
+    if not isinstance(samples, Split):
+        return
+    low, high = samples.labels.min().item(), samples.labels.max().item()
+    if isinstance(loss, str) and num_classes and not 0 <= low <= high < num_classes:
+        problem = f"has labels from {low} to {high}, and the model gives {num_classes} outputs"
+        raise InputError(argument, problem, "number the classes from 0, and give the model an output for each")
+    if loss == "bce" and not num_classes and not 0 <= low <= high <= 1:
+        raise InputError(argument, f"has targets from {low:g} to {high:g}", "'bce' takes targets from 0 to 1")
 
 
 def _name(function: object) -> str:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -26,7 +25,8 @@ def build_loss(name: str, args: Mapping[str, Any]) -> Loss:
     """Make a loss by its name, or from ``package.module:function`` with keyword arguments.
 
     ``cross_entropy`` takes class labels and ``label_smoothing``; ``mse`` and ``bce`` (on logits) compare each output
-    with a target, or with the one-hot vector of a class label, and take the mean over a sample's outputs.
+    with a target, or with the one-hot vector of a class label, and take the mean over a sample's outputs. Where there
+    is one output for each sample an integer target is a number and no label.
 
     Raises
     ------
@@ -50,21 +50,25 @@ def build_loss(name: str, args: Mapping[str, Any]) -> Loss:
             raise InputError(
                 "training.loss_args.label_smoothing", "must lie in [0, 1)", "use a number like 0.1", value=smoothing
             )
-        return partial(functional.cross_entropy, reduction="none", label_smoothing=float(smoothing))
-    return partial(_elementwise, functional.mse_loss if name == "mse" else functional.binary_cross_entropy_with_logits)
+        fix = (
+            "it takes outputs [n, classes] and integer labels [n] from 0 to classes - 1, or probabilities [n, classes]"
+        )
+        return per_sample(partial(_cross_entropy, float(smoothing)), name, fix)
+    function = functional.mse_loss if name == "mse" else functional.binary_cross_entropy_with_logits
+    return per_sample(partial(_elementwise, function), name, "it takes outputs and targets of one shape, or labels [n]")
 
 
-def per_sample(function: Callable[[Tensor, Tensor], Any], name: str) -> Loss:
-    """Check at each call that a user's loss gives one value per sample; a mean could not be weighted by samples."""
+def per_sample(function: Callable[[Tensor, Tensor], Any], name: str, fix: str = "mend the function") -> Loss:
+    """Check at each call that a loss gives one value per sample; a mean could not be weighted by samples."""
 
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
         try:
             losses = function(outputs, targets)
-        except (TypeError, ValueError, IndexError, RuntimeError, AttributeError) as error:
+        except Exception as error:  # whatever the user's function raises
             if "out of memory" in str(error):
                 raise
             problem = f"it raised {type(error).__name__}: {short(error)}"
-            raise InputError("training.loss", problem, "mend the function", value=name) from error
+            raise InputError("training.loss", problem, fix, value=name) from error
         if not isinstance(losses, Tensor) or losses.shape != (len(outputs),):
             got = f"shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
             raise InputError(
@@ -87,8 +91,20 @@ def _first_two(function: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
-def _elementwise(function: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(smoothing: float, outputs: Tensor, targets: Tensor) -> Tensor:
     if not targets.is_floating_point():
-        targets = functional.one_hot(targets, outputs.shape[1])
-    losses = function(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none")
-    return losses.flatten(1).mean(1) if losses.dim() > 1 else torch.as_tensor(losses)
+        targets = targets.long()
+    losses = functional.cross_entropy(outputs, targets, reduction="none", label_smoothing=smoothing)
+    return _mean_of_each(losses)
+
+
+def _elementwise(function: Callable[..., Tensor], outputs: Tensor, targets: Tensor) -> Tensor:
+    # As many numbers as outputs are what is to be reached, also where they are whole.
+    if not targets.is_floating_point() and targets.numel() != outputs.numel():
+        targets = functional.one_hot(targets.long(), outputs.shape[1])
+    return _mean_of_each(function(outputs, targets.to(outputs.dtype).view_as(outputs), reduction="none"))
+
+
+def _mean_of_each(losses: Tensor) -> Tensor:
+    """Return one value per sample, [n], from one per output or place, [n, ...]."""
+    return losses.flatten(1).mean(1) if losses.dim() > 1 else losses

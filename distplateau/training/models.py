@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from distplateau.config import ModelSection
 
 ImageShape = tuple[int, int, int]
+# The name of a model and of data that somebody brought as objects.
+GIVEN_TO_FIT = "given to fit()"
 _MLP_ARGS = ("hidden", "dropout")
 # What a configuration may not set, and why.
 _FROM_THE_DATA = "follows from the data set"
@@ -138,6 +140,9 @@ def load_model(run_dir: str | Path) -> nn.Module:
     run_dir = Path(run_dir)
     start = read_ledger(run_dir).start
     config = load_config(run_dir / "config.toml")
+    if config.model.name == GIVEN_TO_FIT:
+        fix = "build the model as it was then, and load model.safetensors into it"
+        raise InputError(str(run_dir), "was trained by fit() on a model that the run folder does not describe", fix)
     shape, num_classes = start.get("image_shape"), start.get("num_classes")
     if not isinstance(shape, list) or len(shape) != 3 or not isinstance(num_classes, int):
         raise InputError(str(run_dir / "ledger.jsonl"), "has no complete start event", "train the run again")
@@ -148,7 +153,8 @@ def load_model(run_dir: str | Path) -> nn.Module:
     try:
         model.load_state_dict(load_file(path))
     except FileNotFoundError:
-        raise InputError(str(path), "is not there: no validation has been finished", "train the run first") from None
+        problem = "is not there: no validation has been finished, or the monitored metric was never a finite number"
+        raise InputError(str(path), problem, "train the run first") from None
     except Exception as error:  # damaged file, or other keys and shapes
         problem = f"does not fit the run's model ({short(error)})"
         raise InputError(str(path), problem, "train the run again") from None

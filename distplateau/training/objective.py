@@ -71,9 +71,14 @@ class Objective:
         if self.num_classes > _TOP_K:
             values["val/top5"] = (outputs.topk(_TOP_K).indices == targets[:, None]).any(1)
         if self.further:
-            values |= {
+            own = {
                 f"val/{name}": self._checked(name, value, len(targets)) for name, value in self._own(outputs, targets)
             }
+            taken = own.keys() & {*values, "val/count"}
+            if taken:
+                name = min(taken).removeprefix("val/")
+                raise InputError("training.metrics", f"the name {name} is taken", "give the metric another name")
+            values |= own
         return values
 
     def _own(self, outputs: Tensor, targets: Tensor) -> list[tuple[str, Tensor]]:
@@ -98,4 +103,6 @@ class Objective:
             raise InputError(
                 "training.metrics", f"{name} is {shape} for {samples} samples", "return one value per sample, [n]"
             )
+        if value.is_complex():
+            raise InputError("training.metrics", f"{name} is complex", "return real numbers, such as its abs()")
         return value

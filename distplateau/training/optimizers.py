@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from distplateau.errors import InputError, closest
+from distplateau.training.imports import short
 
 if TYPE_CHECKING:
     from distplateau.config import OptimizerSection
@@ -62,8 +63,10 @@ def build_optimizer(section: OptimizerSection, model: nn.Module) -> torch.optim.
     groups = parameter_groups(section, model)
     try:
         return kind(groups, lr=section.lr, **args)  # pyright: ignore[reportCallIssue]
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise InputError("optimizer", f"{section.name} refuses its settings ({error})", "mend that setting") from None
+    except Exception as error:  # (0.9,) for two betas is an IndexError
+        raise InputError(
+            "optimizer", f"{section.name} refuses its settings ({short(error)})", "mend that setting"
+        ) from None
 
 
 def parameter_groups(section: OptimizerSection, model: nn.Module) -> list[dict[str, Any]]:

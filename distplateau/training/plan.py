@@ -87,7 +87,9 @@ class Slices(Sequence[Tensor]):
             self._order = epoch, order.to(self.device)
         indices = self._order[1][begin:end]
         if end - begin < self.least:
-            indices = torch.cat([indices, self._order[1][: self.least - (end - begin)]])
+            order = self._order[1]
+            fill = torch.arange(self.least - (end - begin), device=order.device).clamp(max=len(order) - 1)
+            indices = torch.cat([indices, order[fill]])
         return indices
 
     def locate(self, place: int) -> tuple[int, int]:

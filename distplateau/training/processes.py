@@ -13,6 +13,7 @@ import torch
 # that still holds a tensor when the interpreter ends aborts the process, once in some 15 runs.
 import torch.distributed.nn.functional
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from distplateau.errors import InputError
 
@@ -66,10 +67,18 @@ def start_accelerator(precision: str, **options: Any) -> Accelerator:
     ------
     InputError
         If Accelerate sees another number of ranks than were started: each would train a run of its own into one folder.
+        If the caller has set up Accelerate with another precision.
     """
     _share_cores()
     # Without `cpu` Accelerate takes CPU ranks for so many single processes.
-    accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu() and launched_ranks() > 1, **options)
+    try:
+        accelerator = Accelerator(mixed_precision=precision, cpu=on_cpu() and launched_ranks() > 1, **options)
+    except ValueError as error:
+        if "already been initialized" not in str(error):
+            raise
+        problem = "this process has set up Accelerate with another precision"
+        fix = "give your own Accelerator the same mixed_precision"
+        raise InputError("training.precision", problem, fix, value=precision) from error
     if accelerator.num_processes != launched_ranks():
         raise InputError(
             "WORLD_SIZE",
@@ -77,6 +86,24 @@ def start_accelerator(precision: str, **options: Any) -> Accelerator:
             "use one of the configurations in launch/ with accelerate launch",
         )
     return accelerator
+
+
+@contextlib.contextmanager
+def accelerated(precision: str, **options: Any) -> Iterator[Accelerator]:
+    """Join the ranks as `start_accelerator` does, and part from them at the end.
+
+    Accelerate keeps the first group of a process for good: without this a second `fit` would find it destroyed. State
+    that was there before belongs to the caller and stays.
+    """
+    found = bool(PartialState._shared_state)
+    accelerator = start_accelerator(precision, **options)
+    try:
+        yield accelerator
+    finally:
+        accelerator.end_training()
+        if not found:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
 
 
 @contextlib.contextmanager

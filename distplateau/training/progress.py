@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from distplateau.config import interval_in_seconds, interval_in_steps
+from distplateau.record.words import PANEL_METRICS, short
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -92,7 +93,7 @@ class ProgressReport:
         self._begin_interval(step)
         facts = [f"loss {loss():.4f}", f"lr {lrs()[0]:.4g}", self._standing, f"{pace:,.0f} samples/s"]
         if self._bar:
-            epoch = f"epoch {step // self._steps_per_epoch + 1}"
+            epoch = f"epoch {-(-step // self._steps_per_epoch)}"
             self._bar.update(self._task, completed=step, description=epoch, facts="  ".join(filter(None, facts)))
         else:
             epoch = f"epoch {step / self._steps_per_epoch:.2f}/{self._epochs}"
@@ -148,8 +149,10 @@ def validation_line(event: Event, epochs: int, patience: int | None, remaining: 
 
 
 def _metric(name: str, value: float) -> str:
-    short = name.removeprefix("val/")
-    return f"val {value:.4f}" if short == "loss" else f"{short} {100 * value:.2f} %"
+    if name == "val/loss":
+        return f"val {value:.4f}"
+    text = f"{100 * value:.2f} %" if name in PANEL_METRICS else short(value, 4)
+    return f"{name.removeprefix('val/')} {text}"
 
 
 def _decision(event: Event, patience: int | None) -> str:

@@ -24,7 +24,7 @@ from distplateau.training.models import build_model
 from distplateau.training.objective import Objective, build_objective
 from distplateau.training.optimizers import build_optimizer
 from distplateau.training.processes import check_launcher, launched_ranks, on_cpu
-from distplateau.training.validation import metric_names
+from distplateau.training.validation import metric_names, try_training
 
 if TYPE_CHECKING:
     from distplateau.training.data import DataSet
@@ -80,7 +80,9 @@ def check_ranks(config: Config) -> None:
 
 def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: Objective) -> Parts:
     """Make what belongs to a model, its data and its objective: names of metrics, augmentation, optimizer, schedule."""
+    _check_images(config, data)
     metrics = metric_names(objective, model, data)
+    try_training(objective, model, data)
     if config.schedule.monitor not in metrics:
         raise InputError(
             "schedule.monitor",
@@ -93,9 +95,21 @@ def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: O
     length = schedules.Length(steps_per_epoch * config.training.epochs, steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, model)
     scheduler = _build_scheduler(config, optimizer, length)
+    if config.training.early_stop == "min_lr" and scheduler.at_floor():
+        problem = f"schedule.min_lr is no lower than the rate at the start, {max(scheduler.get_last_lr()):g}"
+        raise InputError("training.early_stop", problem, "lower schedule.min_lr", value="min_lr")
     augment = build_augment(config.data.augment)
     augment.check(torch.zeros(1, *data.train.shape, dtype=torch.uint8 if data.mean else torch.float32))
     return Parts(data, model, optimizer, scheduler, length, objective, metrics, augment)
+
+
+def _check_images(config: Config, data: DataSet) -> None:
+    """Refuse what is done to images where the inputs are none."""
+    shape = data.train.shape
+    wishes = {"data.augment": config.data.augment, "training.channels_last": config.training.channels_last}
+    for key, wish in wishes.items():
+        if wish and len(shape) != len(("channels", "height", "width")):
+            raise InputError(key, f"the inputs are {list(shape)} and no images [c, h, w]", "remove it", value=wish)
 
 
 def _build_scheduler(config: Config, optimizer: torch.optim.Optimizer, length: schedules.Length) -> LockstepScheduler:

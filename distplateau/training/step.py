@@ -109,7 +109,7 @@ class TrainStep:
         """
         if not isinstance(self.model, DistributedDataParallel):  # one process, started without a launcher
             return
-        first = torch.arange(min(self._min_samples, len(self.data.train)), device=self._order_device)
+        first = torch.arange(self._min_samples, device=self._order_device).clamp(max=len(self.data.train) - 1)
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         for _ in range(2):
             [(images, _)] = self.data.train.batches([first], self.accelerator.device)

@@ -20,6 +20,7 @@ from distplateau.errors import InputError
 from distplateau.lockstep import consensus
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
+from distplateau.lockstep.plateau import NonFiniteMetricError
 from distplateau.record.ledger import sealed_run_id
 from distplateau.record.tracking.tracker import new_run_id
 from distplateau.training import journal
@@ -28,7 +29,8 @@ from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, Misfit
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.lock import only_one
-from distplateau.training.processes import repeatable_kernels, start_accelerator, threads_put_back
+from distplateau.training.mistakes import told_once
+from distplateau.training.processes import accelerated, repeatable_kernels, threads_put_back
 from distplateau.training.progress import ProgressReport
 from distplateau.training.resuming import agree_on_newest
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
@@ -77,12 +79,13 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
         ddp = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.training.static_graph
         )
-        accelerator = start_accelerator(config.training.precision, kwargs_handlers=[ddp])
-        try:
-            with threads_put_back(), repeatable_kernels(config.training.deterministic):
-                Trainer(config, parts, accelerator).run()
-        finally:
-            accelerator.end_training()
+        with (
+            accelerated(config.training.precision, kwargs_handlers=[ddp]) as accelerator,
+            told_once(),
+            threads_put_back(),
+            repeatable_kernels(config.training.deterministic),
+        ):
+            Trainer(config, parts, accelerator).run()
     return config.run_dir
 
 
@@ -250,7 +253,9 @@ class Trainer:
     def _fail(self) -> NoReturn:
         if self._failure is not None:
             raise self._failure
-        raise InputError(str(self.config.run_dir), "the main rank cannot write there", "see its message")
+        error = InputError(str(self.config.run_dir), "the main rank cannot write there", "see its message")
+        error.rank = 0
+        raise error
 
     def _end(self) -> str | None:
         """Return why the run is at its end, None while it is not. The same on every rank, also after a resume."""
@@ -276,7 +281,7 @@ class Trainer:
         monitored = self.metrics[self.config.schedule.monitor]
         others = [metric for metric in self.metrics.values() if metric is not monitored]
         consultation = self.scheduler.consult(monitored, also=[*others, self.train_step.train_loss])
-        decision = self.scheduler.decide(consultation.value)
+        decision = self._decide(consultation.value)
         self.reductions += decision.reduced
         improved = self._note_best(decision)
         event = self._event(decision, consultation)
@@ -288,6 +293,14 @@ class Trainer:
             if improved and not self._checkpoint_is_due():
                 self._attempt(self._save_best)
         return event
+
+    def _decide(self, value: float) -> Decision:
+        try:
+            return self.scheduler.decide(value)
+        except NonFiniteMetricError:
+            problem = f"{self.config.schedule.monitor} is {value} after step {self.step}, which ends the run as asked"
+            fix = "use 'bad' or 'ignore', or a lower optimizer.lr"
+            raise InputError("schedule.nonfinite", problem, fix, value="raise") from None
 
     def _note_best(self, decision: Decision) -> bool:
         """Remember the best value as such, without the threshold that the schedule puts on it."""
@@ -539,10 +552,12 @@ class Trainer:
             return
         if self.main:
             self._attempt(self._record_end)
-        progress.say(
-            f"best {self.config.schedule.monitor} {self.best.value:.6g} at validation {self.best.validation}, "
-            f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}; run folder {self.config.run_dir}"
-        )
+        monitor, best = self.config.schedule.monitor, self.best
+        told = f"best {monitor} {best.value:.6g} at validation {best.validation}"
+        if not best.validation:
+            told = f"{monitor} was never a finite number, so that there are no best weights"
+        reductions = f"{self.reductions} reduction{'s' if self.reductions != 1 else ''}"
+        progress.say(f"{told}, {reductions}; run folder {self.config.run_dir}")
 
     def _record_end(self) -> None:
         self.journal.finished(

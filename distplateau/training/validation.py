@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from distplateau.errors import InputError
 from distplateau.training.data import DataSet, Samples, Split, deal_batches
+from distplateau.training.imports import short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +24,66 @@ if TYPE_CHECKING:
 
 def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tuple[str, ...]:
     """Return what a validation measures, by running two samples through the network; they leave no trace in it."""
-    was_training = network.training
-    network.eval()
-    # A model may draw random numbers even in evaluation mode; those of the run do not depend on this trial.
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        [(images, labels)] = _blocks(data.validation, [(0, min(2, len(data.validation)))], torch.device("cpu"))
-        names = tuple(objective.metrics(network(data.normalize(images)).float(), labels))
-    network.train(was_training)
-    return names
+    images, labels = _first_two(data.validation)
+    with torch.no_grad():
+        outputs = try_forward(network, data.normalize(images), training=False)
+        return tuple(objective.metrics(outputs, labels))
+
+
+def try_training(objective: Objective, network: nn.Module, data: DataSet) -> None:
+    """Run two samples through network and loss as training does; they leave no trace.
+
+    Raises
+    ------
+    InputError
+        If one of them fails, or the loss has no gradient.
+    """
+    images, labels = _first_two(data.train)
+    losses = objective.loss(try_forward(network, data.normalize(images), training=True), labels)
+    if not losses.requires_grad and any(parameter.requires_grad for parameter in network.parameters()):
+        fix = "compute it from the model's outputs with torch's functions, without detach(), item() or numpy()"
+        raise InputError("training.loss", "its values have no gradient", fix)
+
+
+def try_forward(network: nn.Module, inputs: Tensor, *, training: bool) -> Tensor:
+    """Return the outputs for a few samples; modes, buffers and random numbers are left as they were.
+
+    Raises
+    ------
+    InputError
+        If the network raises, or does not give one output for each sample.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    device = next((parameter.device for parameter in network.parameters()), inputs.device)
+    network.train(training)
+    held = [(buffer, buffer.clone()) for buffer in network.buffers() if not is_lazy(buffer)]
+    try:
+        # A model may draw random numbers even in evaluation mode; those of the run do not depend on this trial.
+        with torch.random.fork_rng(devices=[]):
+            outputs = network(inputs.to(device))
+    except Exception as error:  # whatever a model says of inputs that it cannot take
+        mode = "in training" if training else "in evaluation"
+        kind = f"{str(inputs.dtype).removeprefix('torch.')} {list(inputs.shape[1:])}"
+        problem = f"fails {mode} on inputs {kind} ({type(error).__name__}: {short(error)})"
+        raise InputError("model", problem, "mend it, or give it other inputs") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, values in held:
+                buffer.copy_(values)
+    if not isinstance(outputs, Tensor) or not outputs.dim() or len(outputs) != len(inputs):
+        got = f"a tensor {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
+        fix = "return one tensor of outputs [n, ...], in training and in evaluation"
+        raise InputError("model", f"gives {got} for {len(inputs)} samples", fix)
+    return outputs.float().to(inputs.device)
+
+
+def _first_two(samples: Samples) -> tuple[Tensor, Tensor]:
+    """Return two samples, the only one twice: BatchNorm cannot train on one."""
+    indices = torch.tensor([0, min(1, len(samples) - 1)])
+    [batch] = samples.batches([indices], torch.device("cpu"), [0])
+    return batch
 
 
 def measure(
@@ -52,9 +107,19 @@ def measure(
         ranges = deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes)
         for images, labels in _blocks(samples, ranges, accelerator.device):
             outputs = network(data.normalize(images)).float()
-            for name, values in objective.metrics(outputs, labels).items():
+            measured = objective.metrics(outputs, labels)
+            if measured.keys() != metrics.keys():
+                _tell_changed_names(measured.keys() ^ metrics.keys())
+            for name, values in measured.items():
                 metrics[name].update(values)
     network.train(was_training)
+
+
+def _tell_changed_names(names: set[str]) -> NoReturn:
+    """Refuse a metric that is there for some batches alone: it would be the mean over some of the samples."""
+    listed = ", ".join(sorted(name.removeprefix("val/") for name in names))
+    fix = "return the same names for every batch, with NaN where there is no value"
+    raise InputError("training.metrics", f"the function gave {listed} for some batches and not for others", fix)
 
 
 def _blocks(
