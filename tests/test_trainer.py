@@ -18,7 +18,7 @@ from distplateau.record.ledger import read_ledger
 from distplateau.training.data import Split, epoch_order
 from distplateau.training.setup import differences, prepare_parts
 from distplateau.training.step import TrainStep
-from distplateau.training.trainer import Trainer, train
+from distplateau.training.trainer import Trainer, train, train_parts
 from distplateau.training.validation import measure
 from ranks import run_ranks
 
@@ -145,11 +145,12 @@ def _watch_steps(rank, config):
         add(self, *arguments)
         totals.append(float(self._losses[-1][2]))
 
+    parts = prepare_parts(config)  # its trial of model and loss reads as well
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainStep, "_add_gradient", watched_add)
         patch.setattr(Split, "batches", watched_batches)
         patch.setattr(TrainStep, "settle_buckets", lambda self: None)  # it reads as well, but learns nothing
-        train(config)
+        train_parts(config, parts)
     return images[:50], totals[:50]
 
 
