@@ -54,7 +54,7 @@ def run(config: str, code: str, port: int | None = None) -> None:
         raise SystemExit(exit_code)
 
 
-def run_in_turn(payloads: Sequence[tuple[str, str]], ports: Sequence[int]) -> None:
+def run_in_turn(payloads: Sequence[tuple[str, str]], port: int) -> None:
     """Train one run after the other in the same processes, as a sweep on one machine does; see `run`.
 
     Raises
@@ -63,7 +63,7 @@ def run_in_turn(payloads: Sequence[tuple[str, str]], ports: Sequence[int]) -> No
         With 75 at once if one is interrupted; else at the end, with the largest exit code of those that failed.
     """
     codes = [0]
-    for (config, code), port in zip(payloads, ports, strict=True):
+    for config, code in payloads:
         try:
             run(config, code, port)
         except SystemExit as stop:
@@ -73,20 +73,8 @@ def run_in_turn(payloads: Sequence[tuple[str, str]], ports: Sequence[int]) -> No
             codes.append(1)
         if codes[-1] == _INTERRUPTED:
             raise SystemExit(_INTERRUPTED)
-        _forget_ranks()
     if max(codes):
         raise SystemExit(max(codes))
-
-
-def _forget_ranks() -> None:
-    """Let the next run of this process join a group of its own: Accelerate keeps the first one's for good."""
-    import torch.distributed as dist
-    from accelerate.state import AcceleratorState, GradientState
-
-    if dist.is_initialized():  # the run failed
-        dist.destroy_process_group()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def rank_environment(environ: Mapping[str, str], hostnames: Sequence[str], port: int | None) -> dict[str, str]:

@@ -278,8 +278,7 @@ def _send(executor: Executor, payloads: Sequence[tuple[str, str]], *, local: boo
 
     try:
         if local:
-            ports = [_free_port() for _ in payloads]
-            one = executor.submit(job.run_in_turn, list(payloads), ports)
+            one = executor.submit(job.run_in_turn, list(payloads), _free_port())
             return [one.job_id] * len(payloads)
         if len(payloads) == 1:
             return [executor.submit(job.run, *payloads[0]).job_id]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 # Imported before there is a process group: its functions take group.WORLD as a default, once and for all, and whoever
 # imports it later (torch._dynamo does) keeps the group and its threads alive beyond destroy_process_group. A thread
@@ -14,12 +16,19 @@ import torch
 import torch.distributed.nn.functional
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.distributed_c10d import PrefixStore
 
 from distplateau.errors import InputError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from torch._C._distributed_c10d import Store
+
+
+# Backend and store of this process's last group. The first rank's store serves the others as long as it is kept.
+_meeting_place: list[tuple[str, Store]] = []
+atexit.register(_meeting_place.clear)
 
 # What `accelerate launch` sets, and what it stands for.
 _SHARDING = {
@@ -96,7 +105,11 @@ def accelerated(precision: str, **options: Any) -> Iterator[Accelerator]:
     that was there before belongs to the caller and stays.
     """
     found = bool(PartialState._shared_state)
+    if _meeting_place and not dist.is_initialized():
+        _meet_again()
     accelerator = start_accelerator(precision, **options)
+    if dist.is_initialized():
+        _meeting_place[:] = [(dist.get_backend(), dist.distributed_c10d._get_default_store())]
     try:
         yield accelerator
     finally:
@@ -104,6 +117,16 @@ def accelerated(precision: str, **options: Any) -> Iterator[Accelerator]:
         if not found:
             AcceleratorState._reset_state(reset_partial_state=True)
             GradientState._reset_state()
+
+
+def _meet_again() -> None:
+    """Make the process group of a further run, where the ranks met before, under names of its own. Collective.
+
+    Under the names of the first group a rank could read the addresses that the others had then.
+    """
+    [(backend, before)] = _meeting_place
+    store = PrefixStore("again", before)
+    dist.init_process_group(backend, store=store, rank=int(os.environ["RANK"]), world_size=launched_ranks())
 
 
 @contextlib.contextmanager
