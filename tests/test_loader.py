@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from distplateau.errors import InputError
 from distplateau.training import loader as loader_module
 from distplateau.training.data import split_validation
-from distplateau.training.loader import ItemSpec, Repeated, StreamedSplit
+from distplateau.training.loader import ItemSpec, StreamedSplit
 from distplateau.training.sources import IMAGENET_MEAN, check_streamed, is_streamed, load_streamed
 
 CPU = torch.device("cpu")
@@ -155,19 +155,6 @@ def test_slices_are_looked_up_as_the_reading_proceeds():
     assert [int(next(batches)[1]) for _ in range(5)] == [0, 1, 2, 3, 4]
     assert 5 <= len(parts.asked) <= 10
     batches.close()
-
-
-def test_one_iteration_for_all_validations_keeps_its_workers():
-    parts = slices([1, 2], [3])
-    batches = StreamedSplit(Numbers(), SPEC, 2).batches(Repeated(parts, 3), CPU)
-    seen, workers = [], []
-    for _ in range(3):
-        seen.append([next(batches)[1].tolist() for _ in parts])
-        workers.append({worker.pid for worker in readers()})
-    assert seen == [[[1, 2], [3]]] * 3
-    assert workers == workers[:1] * 3
-    assert next(batches, None) is None
-    assert len(list(Repeated(parts, 3))) == 6
 
 
 def test_under_inference_mode():

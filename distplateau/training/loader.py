@@ -194,8 +194,8 @@ class StreamedSplit:
         ----------
         slices
             One int64 tensor [n] on the CPU per batch: positions in this split. n may differ and be 0. Looked up one by
-            one as the reading proceeds, so that one iteration can span a whole run, whose workers are then started
-            once: of a training by a sequence that computes its items, of its validations by `Repeated`.
+            one as the reading proceeds, so that one iteration can span a whole training, whose workers are then started
+            once.
         device
             Where the tensors go; to a GPU from pinned memory, without waiting for the copy.
         seeds
@@ -258,24 +258,6 @@ class StreamedSplit:
         if isinstance(batch, _Failure):
             batch.throw(self.source, self.part)
         return batch
-
-
-class Repeated(Sequence[Tensor]):
-    """The same slices several times over: one iteration for all validations of a run, whose workers stay.
-
-    The first batches of the next time round are then read ahead, and wait in memory.
-    """
-
-    def __init__(self, slices: Sequence[Tensor], times: int) -> None:
-        self.slices, self.times = slices, times
-
-    def __len__(self) -> int:
-        return len(self.slices) * self.times
-
-    def __getitem__(self, place: int) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]  # no slices
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return self.slices[place % len(self.slices)]
 
 
 @dataclass(frozen=True)
