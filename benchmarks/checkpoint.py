@@ -24,9 +24,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder
-from distplateau.training.state import Best
-from distplateau.training.writer import BackgroundWriter
+from distplateau.training.saving.checkpoint import Checkpoint, CheckpointFolder
+from distplateau.training.saving.state import Best
+from distplateau.training.saving.writer import BackgroundWriter
 
 MEGABYTES = (100, 1000)
 REPEATS = 3

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from distplateau.lockstep.sampler import ShardSampler
     from distplateau.lockstep.scheduler import ReduceLROnPlateau
     from distplateau.training.fit import fit
-    from distplateau.training.models import load_model
+    from distplateau.training.parts.models import load_model
 
 __version__ = "0.1.0"
 __all__ = ["Decision", "ExactSum", "GlobalMean", "ReduceLROnPlateau", "ShardSampler", "fit", "load_model"]
@@ -28,7 +28,7 @@ _HOME = {
     "ReduceLROnPlateau": "lockstep.scheduler",
     "ShardSampler": "lockstep.sampler",
     "fit": "training.fit",
-    "load_model": "training.models",
+    "load_model": "training.parts.models",
 }
 
 

@@ -121,8 +121,8 @@ def test_the_pure_parts_need_the_standard_library_only(name):
         ("from distplateau import config", "distplateau.config"),
         ("def f():\n    from distplateau.cli import main", "distplateau.cli"),
         ("if TYPE_CHECKING:\n    from distplateau.config import Config", "distplateau.config"),
-        ("from distplateau import load_model", "distplateau.training.models"),
-        ("import distplateau\nx = distplateau.load_model", "distplateau.training.models"),
+        ("from distplateau import load_model", "distplateau.training.parts.models"),
+        ("import distplateau\nx = distplateau.load_model", "distplateau.training.parts.models"),
     ],
 )
 def test_a_wrong_arrow_is_found(source, arrow):

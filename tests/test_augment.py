@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms.v2 import functional as vision
 
 from distplateau.errors import InputError
-from distplateau.training.augment import build_augment
+from distplateau.training.data.augment import build_augment
 
 SHAPES = [(1, 8, 8), (3, 32, 32), (3, 5, 9)]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from distplateau.errors import InputError
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, save_weights, step_of
+from distplateau.training.saving.checkpoint import Checkpoint, CheckpointFolder, save_weights, step_of
 
 
 def make(step: int, best: int = 0) -> Checkpoint:

@@ -26,8 +26,8 @@ from hypothesis import strategies as st
 
 from distplateau.config import DataSection
 from distplateau.errors import InputError
-from distplateau.training import data as data_module
-from distplateau.training.data import (
+from distplateau.training.data import samples as data_module
+from distplateau.training.data.samples import (
     DEBIAN_FASHION_MNIST,
     check_data,
     deal_batches,

@@ -188,7 +188,7 @@ def test_a_handler_that_is_not_python_s_is_no_error(monkeypatch):
 
 SLOW_DISK = """
 import os, signal, sys, threading, time
-from distplateau.training import checkpoint
+from distplateau.training.saving import checkpoint
 from distplateau.training.step import TrainStep
 call, sync = TrainStep.__call__, checkpoint._sync
 def slow(path):

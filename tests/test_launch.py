@@ -98,7 +98,7 @@ def test_mnist_is_the_example_of_the_article():
 
 def test_mnist_is_784_512_256_10_with_relu():
     torch = pytest.importorskip("torch")
-    from distplateau.training.models import build_model
+    from distplateau.training.parts.models import build_model
 
     model = build_model(load_config(LAUNCH / "mnist.toml").model, (1, 28, 28), 10)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from distplateau.errors import InputError
-from distplateau.training import loader as loader_module
-from distplateau.training.data import split_validation
-from distplateau.training.loader import ItemSpec, StreamedSplit
-from distplateau.training.sources import IMAGENET_MEAN, check_streamed, is_streamed, load_streamed
+from distplateau.training.data import loader as loader_module
+from distplateau.training.data.loader import ItemSpec, StreamedSplit
+from distplateau.training.data.samples import split_validation
+from distplateau.training.data.sources import IMAGENET_MEAN, check_streamed, is_streamed, load_streamed
 
 CPU = torch.device("cpu")
 SPEC = ItemSpec((1, 2, 2), torch.uint8, 10)

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from distplateau.errors import InputError
-from distplateau.training.losses import build_loss
-from distplateau.training.objective import Objective
+from distplateau.training.parts.losses import build_loss
+from distplateau.training.parts.objective import Objective
 
 OUTPUTS = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 3, 1, 1, 2, 0, 3])

@@ -12,7 +12,7 @@ from torch import nn
 
 from distplateau.config import ModelSection, dump_config, parse_config
 from distplateau.errors import InputError
-from distplateau.training.models import MLP, GrayToColor, build_model, check_model, load_model
+from distplateau.training.parts.models import MLP, GrayToColor, build_model, check_model, load_model
 
 DIGIT, COLOR = (1, 8, 8), (3, 32, 32)
 

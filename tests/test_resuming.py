@@ -16,8 +16,9 @@ import torch
 
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
-from distplateau.training import checkpoint, journal
-from distplateau.training.checkpoint import CheckpointFolder
+from distplateau.training import journal
+from distplateau.training.saving import checkpoint
+from distplateau.training.saving.checkpoint import CheckpointFolder
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train
 from ranks import run_ranks

@@ -16,7 +16,7 @@ from distplateau.errors import InputError
 from distplateau.record.ledger import Ledger, read_ledger
 from distplateau.record.report.page import write_report
 from distplateau.training import interruption
-from distplateau.training.checkpoint import CheckpointFolder
+from distplateau.training.saving.checkpoint import CheckpointFolder
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train
 from ranks import run_ranks

@@ -407,7 +407,7 @@ def test_files_that_hold_keys_are_not_frozen(tmp_path):
 
 def test_nothing_of_a_run_can_be_written_by_everybody(tmp_path):
     """The job unpickles and imports what lies there. The shell has no umask at all."""
-    (tmp_path / "mine.py").write_text("from distplateau.training.losses import *\n")
+    (tmp_path / "mine.py").write_text("from distplateau.training.parts.losses import *\n")
     (tmp_path / "mine.py").chmod(0o666)
     planted = tmp_path / "runs" / "open" / "logs" / "1_submitted.pkl"
     planted.parent.mkdir(parents=True)

@@ -15,7 +15,7 @@ from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import read_ledger
-from distplateau.training.data import Split, epoch_order
+from distplateau.training.data.samples import Split, epoch_order
 from distplateau.training.setup import differences, prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train, train_parts
@@ -284,7 +284,7 @@ def test_a_launch_configuration_that_shards_is_refused(tmp_path, monkeypatch, va
 
 def test_two_processes_do_not_train_one_run(tmp_path, monkeypatch):
     """As when a launcher starts so many single processes; those of one process group have one that holds the lock."""
-    from distplateau.training import lock
+    from distplateau.training.saving import lock
 
     monkeypatch.setattr(lock, "_SECONDS", 0.2)
     config = make_config(tmp_path)

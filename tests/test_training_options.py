@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 from distplateau.record.story import find_warnings
-from distplateau.training.averaging import WeightAverage
 from distplateau.training.evaluate import evaluate
+from distplateau.training.parts.averaging import WeightAverage
 from distplateau.training.setup import prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train

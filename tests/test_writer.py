@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from distplateau.training.writer import BackgroundWriter, Staging, _allocate
+from distplateau.training.saving.writer import BackgroundWriter, Staging, _allocate
 
 CPU = torch.device("cpu")
 

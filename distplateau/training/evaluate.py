@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.datasets import load
+from distplateau.training.data.datasets import load
 from distplateau.training.mistakes import told_once
-from distplateau.training.models import load_model
-from distplateau.training.objective import build_objective
+from distplateau.training.parts.models import load_model
+from distplateau.training.parts.objective import build_objective
 from distplateau.training.processes import accelerated
 from distplateau.training.validation import measure, metric_names
 

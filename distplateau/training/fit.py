@@ -12,11 +12,19 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
-from distplateau.training.data import DataSet, Split
-from distplateau.training.loader import MapStyle, PairSpec, StreamedSplit, WrongItemError, kind_of, raised, repeatable
-from distplateau.training.losses import build_loss, per_sample
-from distplateau.training.models import GIVEN_TO_FIT
-from distplateau.training.objective import Objective, build_objective
+from distplateau.training.data.loader import (
+    MapStyle,
+    PairSpec,
+    StreamedSplit,
+    WrongItemError,
+    kind_of,
+    raised,
+    repeatable,
+)
+from distplateau.training.data.samples import DataSet, Split
+from distplateau.training.parts.losses import build_loss, per_sample
+from distplateau.training.parts.models import GIVEN_TO_FIT
+from distplateau.training.parts.objective import Objective, build_objective
 from distplateau.training.setup import assemble_parts, check_ranks
 from distplateau.training.trainer import train_parts
 from distplateau.training.validation import try_forward
@@ -41,7 +49,7 @@ def fit(
     model
         Its weights are trained in place. Build it with the same seed on every rank.
     loss
-        A name of `distplateau.training.losses`, or a function from (outputs, targets) to one value per sample, [n].
+        A name of `training.parts.losses`, or a function from (outputs, targets) to one value per sample, [n].
     train_data, val_data
         ``(inputs, targets)`` tensors, [n, ...] each, which stay in memory, or a map-style dataset of such pairs, which
         ``data.workers`` processes read while it is used, with its random transforms seeded by (seed, step, rank).

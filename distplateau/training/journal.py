@@ -16,7 +16,7 @@ from distplateau.errors import InputError
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.record.ledger import Event, History, Ledger, read_ledger
 from distplateau.record.tracking.tracker import Mirror, NoMirror, open_mirror
-from distplateau.training.checkpoint import replace_file
+from distplateau.training.saving.checkpoint import replace_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from distplateau.config import Config
     from distplateau.lockstep.scheduler import LockstepScheduler
     from distplateau.lockstep.schedules import Length
-    from distplateau.training.data import DataSet
+    from distplateau.training.data.samples import DataSet
 
 
 class Journal:

@@ -17,17 +17,17 @@ from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
 from distplateau.record.ledger import FILE_NAME
 from distplateau.record.tracking.tracker import check_trackers
-from distplateau.training.augment import Augment, build_augment
-from distplateau.training.checkpoint import CheckpointFolder
-from distplateau.training.datasets import load
-from distplateau.training.models import build_model
-from distplateau.training.objective import Objective, build_objective
-from distplateau.training.optimizers import build_optimizer
+from distplateau.training.data.augment import Augment, build_augment
+from distplateau.training.data.datasets import load
+from distplateau.training.parts.models import build_model
+from distplateau.training.parts.objective import Objective, build_objective
+from distplateau.training.parts.optimizers import build_optimizer
 from distplateau.training.processes import check_launcher, launched_ranks, on_cpu
+from distplateau.training.saving.checkpoint import CheckpointFolder
 from distplateau.training.validation import metric_names, try_training
 
 if TYPE_CHECKING:
-    from distplateau.training.data import DataSet
+    from distplateau.training.data.samples import DataSet
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_SECTIONS = frozenset({"checkpoint", "tracking"})

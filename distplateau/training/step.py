@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.data import Split
-from distplateau.training.plan import EpochPlan, Seeds, Slices
+from distplateau.training.data.plan import EpochPlan, Seeds, Slices
+from distplateau.training.data.samples import Split
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
 
     from distplateau.config import Config
-    from distplateau.training.data import DataSet
+    from distplateau.training.data.samples import DataSet
     from distplateau.training.setup import Parts
 
 

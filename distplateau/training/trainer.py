@@ -24,20 +24,20 @@ from distplateau.lockstep.plateau import NonFiniteMetricError
 from distplateau.record.ledger import sealed_run_id
 from distplateau.record.tracking.tracker import new_run_id
 from distplateau.training import journal
-from distplateau.training.averaging import WeightAverage
-from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, MisfitError
 from distplateau.training.exchange import share_gradients
 from distplateau.training.interruption import Call, Interrupted, Interruption
-from distplateau.training.lock import only_one
 from distplateau.training.mistakes import told_once
+from distplateau.training.parts.averaging import WeightAverage
 from distplateau.training.processes import accelerated, repeatable_kernels, threads_put_back
 from distplateau.training.progress import ProgressReport
-from distplateau.training.resuming import agree_on_newest
+from distplateau.training.saving.checkpoint import Checkpoint, CheckpointFolder, MisfitError
+from distplateau.training.saving.lock import only_one
+from distplateau.training.saving.resuming import agree_on_newest
+from distplateau.training.saving.state import Best, Unfinished, check_state
+from distplateau.training.saving.writer import BackgroundWriter
 from distplateau.training.setup import Parts, check_run_folder, prepare_parts
-from distplateau.training.state import Best, Unfinished, check_state
 from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, sync_buffers
-from distplateau.training.writer import BackgroundWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distplateau.errors import InputError
-from distplateau.training.data import DataSet, Samples, Split, deal_batches
-from distplateau.training.imports import short
+from distplateau.training.data.samples import DataSet, Samples, Split, deal_batches
+from distplateau.training.parts.imports import short
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distplateau.lockstep.metric import GlobalMean
-    from distplateau.training.objective import Objective
+    from distplateau.training.parts.objective import Objective
 
 
 def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tuple[str, ...]:

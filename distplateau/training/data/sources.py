@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from distplateau.errors import InputError, closest
-from distplateau.training.data import DataSet, split_validation
-from distplateau.training.imports import check_arguments, import_function, short, signature_of
-from distplateau.training.loader import (
+from distplateau.training.data.loader import (
     ITEM_FORM,
     ItemSpec,
     MapStyle,
@@ -28,6 +26,8 @@ from distplateau.training.loader import (
     raised,
     repeatable,
 )
+from distplateau.training.data.samples import DataSet, split_validation
+from distplateau.training.parts.imports import check_arguments, import_function, short, signature_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -15,7 +15,6 @@ import random
 import signal
 import threading
 import traceback
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol
@@ -26,10 +25,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from distplateau.errors import InputError
-from distplateau.training.imports import short
+from distplateau.training.parts.imports import short
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     Transform = Callable[[Tensor], Tensor]
 

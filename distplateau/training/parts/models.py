@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from distplateau.config import load_config
 from distplateau.errors import InputError, closest
 from distplateau.record.ledger import read_ledger
-from distplateau.training.imports import check_arguments, import_function, nearest, short, signature_of, takes_any
+from distplateau.training.parts.imports import check_arguments, import_function, nearest, short, signature_of, takes_any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

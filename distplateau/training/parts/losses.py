@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from distplateau.errors import InputError, closest
-from distplateau.training.imports import check_arguments, import_function, short
+from distplateau.training.parts.imports import check_arguments, import_function, short
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

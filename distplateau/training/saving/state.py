@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from distplateau.lockstep.exact import Partial
 from distplateau.lockstep.metric import GlobalMean
-from distplateau.training.checkpoint import MisfitError
+from distplateau.training.saving.checkpoint import MisfitError
 
 if TYPE_CHECKING:
     from torch import Tensor

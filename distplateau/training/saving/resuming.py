@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from distplateau.errors import InputError
-from distplateau.training.checkpoint import step_of
+from distplateau.training.saving.checkpoint import step_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from distplateau.training.checkpoint import Checkpoint, CheckpointFolder, Rejected
+    from distplateau.training.saving.checkpoint import Checkpoint, CheckpointFolder, Rejected
 
 
 def agree_on_newest(

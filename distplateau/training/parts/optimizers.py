@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distplateau.errors import InputError, closest
-from distplateau.training.imports import short
+from distplateau.training.parts.imports import short
 
 if TYPE_CHECKING:
     from distplateau.config import OptimizerSection

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distplateau.errors import InputError
-from distplateau.training.data import DataSet, load_data
-from distplateau.training.sources import is_streamed, load_streamed
+from distplateau.training.data.samples import DataSet, load_data
+from distplateau.training.data.sources import is_streamed, load_streamed
 
 if TYPE_CHECKING:
     from distplateau.config import DataSection

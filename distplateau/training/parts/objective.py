@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from distplateau.errors import InputError
-from distplateau.training.imports import import_function, short
-from distplateau.training.losses import build_loss
+from distplateau.training.parts.imports import import_function, short
+from distplateau.training.parts.losses import build_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from distplateau.config import TrainingSection
-    from distplateau.training.losses import Loss
+    from distplateau.training.parts.losses import Loss
 
 _TOP_K = 5
 

@@ -1,0 +1,1 @@
+"""The samples: in memory or streamed, in which order, augmented how."""

@@ -1,0 +1,1 @@
+"""What a configuration names: model, loss, metrics, optimizer."""
