@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from distplateau.config import parse_config
-from distplateau.training.data.samples import load_data
+from distplateau.training.data.in_memory import load_data
 
 GLOBAL_BATCH, LR, SEED = 64, 1e-3, 0
 VALIDATION = 5_000

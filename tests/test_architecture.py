@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -157,6 +158,7 @@ def test_the_probe_sees_torch():
 
 _RUN_CLI = """
 import sys
+import tomllib
 from distplateau.cli import main
 try:
     main()
@@ -180,3 +182,10 @@ assert "torch" not in sys.modules
 )
 def test_help_does_not_import_torch(arguments):
     subprocess.run([sys.executable, "-c", _RUN_CLI, *arguments], capture_output=True, text=True, check=True)
+
+
+def test_every_folder_of_the_package_is_installed():
+    """Setuptools is given a list, because two of its packages lie elsewhere in the repository."""
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {module_name(path) for path in PACKAGE.rglob("__init__.py")}
+    assert found == {name for name in listed if "_recipes" not in name}

@@ -15,7 +15,7 @@ import pytest
 from distplateau import cli
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
-from distplateau.training.data.samples import DEBIAN_FASHION_MNIST
+from distplateau.training.data.in_memory import DEBIAN_FASHION_MNIST
 
 ROOT = Path(__file__).parent.parent
 TINY = """

@@ -26,16 +26,9 @@ from hypothesis import strategies as st
 
 from distplateau.config import DataSection
 from distplateau.errors import InputError
-from distplateau.training.data import samples as data_module
-from distplateau.training.data.samples import (
-    DEBIAN_FASHION_MNIST,
-    check_data,
-    deal_batches,
-    epoch_order,
-    load_data,
-    rank_slice,
-    split_validation,
-)
+from distplateau.training.data import in_memory as data_module
+from distplateau.training.data.in_memory import DEBIAN_FASHION_MNIST, check_data, load_data
+from distplateau.training.data.order import deal_batches, epoch_order, rank_slice, split_validation
 
 IDX_NAMES = {
     "train-images-idx3-ubyte": (60_000, 28, 28),

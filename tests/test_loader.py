@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from distplateau.errors import InputError
 from distplateau.training.data import loader as loader_module
 from distplateau.training.data.loader import ItemSpec, StreamedSplit
-from distplateau.training.data.samples import split_validation
+from distplateau.training.data.order import split_validation
 from distplateau.training.data.sources import IMAGENET_MEAN, check_streamed, is_streamed, load_streamed
 
 CPU = torch.device("cpu")

@@ -15,7 +15,8 @@ from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
 from distplateau.record.ledger import read_ledger
-from distplateau.training.data.samples import Split, epoch_order
+from distplateau.training.data.order import epoch_order
+from distplateau.training.data.samples import Split
 from distplateau.training.setup import differences, prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer, train, train_parts

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distplateau.errors import InputError
-from distplateau.training.data.samples import DataSet, Samples, Split, deal_batches
+from distplateau.training.data.order import deal_batches
+from distplateau.training.data.samples import DataSet, Samples, Split
 from distplateau.training.parts.imports import short
 
 if TYPE_CHECKING:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distplateau.errors import InputError
-from distplateau.training.data.samples import DataSet, load_data
+from distplateau.training.data.in_memory import load_data
 from distplateau.training.data.sources import is_streamed, load_streamed
 
 if TYPE_CHECKING:
     from distplateau.config import DataSection
+    from distplateau.training.data.samples import DataSet
 
 
 def load(section: DataSection, seed: int) -> DataSet:

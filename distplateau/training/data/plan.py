@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from distplateau.training.data.samples import derived_seed, epoch_order, rank_slice
+from distplateau.training.data.order import derived_seed, epoch_order, rank_slice
 
 if TYPE_CHECKING:
     from distplateau.config import Config

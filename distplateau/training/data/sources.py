@@ -26,7 +26,8 @@ from distplateau.training.data.loader import (
     raised,
     repeatable,
 )
-from distplateau.training.data.samples import DataSet, split_validation
+from distplateau.training.data.order import split_validation
+from distplateau.training.data.samples import DataSet
 from distplateau.training.parts.imports import check_arguments, import_function, short, signature_of
 
 if TYPE_CHECKING:
