@@ -328,6 +328,15 @@ def test_a_process_trains_one_run_after_the_other(tmp_path):
         assert read_ledger(tmp_path / name).validations[0]["ranks"] == 2
 
 
+def test_the_model_is_the_callers_again(tmp_path):
+    """With bf16 Accelerate wraps its forward, and every further fit() would wrap it once more."""
+    model = torch.nn.Linear(5, 1)
+    fit(model, absolute, points(40, 0), points(9, 1), settings(tmp_path, precision="bf16", epochs=1))
+    assert not {"forward", "_original_forward"} & set(vars(model))
+    inputs, _ = points(3, 2)
+    assert torch.equal(model(inputs), torch.nn.functional.linear(inputs, model.weight, model.bias))  # float32
+
+
 def test_accelerate_set_up_with_another_precision_is_told(tmp_path):
     Accelerator(cpu=True)
     try:

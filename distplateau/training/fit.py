@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ from distplateau.training.trainer import train_parts
 from distplateau.training.validation import try_forward
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     Samples = Dataset[Any] | tuple[Tensor, Tensor]
 
@@ -47,7 +48,8 @@ def fit(
     Parameters
     ----------
     model
-        Its weights are trained in place. Build it with the same seed on every rank.
+        Its weights are trained in place, and in the end those of the last step; the best are in ``model.safetensors``
+        of the run folder. Build it with the same seed on every rank.
     loss
         A name of `training.parts.losses`, or a function from (outputs, targets) to one value per sample, [n].
     train_data, val_data
@@ -85,7 +87,21 @@ def fit(
     further = build_objective(settings.training, 0).further
     function = build_loss(loss, settings.training.loss_args) if isinstance(loss, str) else per_sample(loss, _name(loss))
     objective = Objective(function, data.num_classes, further)
-    return train_parts(settings, assemble_parts(settings, data, model, objective))
+    with _forward_put_back(model):
+        return train_parts(settings, assemble_parts(settings, data, model, objective))
+
+
+@contextlib.contextmanager
+def _forward_put_back(model: nn.Module) -> Iterator[None]:
+    """Take off what Accelerate puts around a model's forward for mixed precision: the model is the caller's."""
+    own = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        model.__dict__.pop("_original_forward", None)
+        model.__dict__.pop("forward", None)
+        if own is not None:
+            model.__dict__["forward"] = own
 
 
 def _settings(config: Config | Mapping[str, Any] | str | Path | None) -> Config:
