@@ -17,6 +17,7 @@ from distplateau.cli import main as command_line
 from distplateau.config import parse_config
 from distplateau.errors import InputError
 from distplateau.record.ledger import Ledger, read_ledger
+from distplateau.record.tracking import mirror
 from distplateau.record.tracking import tracker as tracking
 from distplateau.record.tracking.mirror import Notes, flat
 from distplateau.record.tracking.rows import alerts, durable_validation, row, rows, segments, summary, up_to
@@ -213,9 +214,12 @@ def test_a_killed_run_loses_no_more_than_the_last_second(tmp_path):
     assert len(history(tmp_path / "tracked")) >= validations - 40  # 20 rows a second, and a slow machine
 
 
-@pytest.mark.parametrize("mode", ["online", "offline"])
-def test_the_signals_of_a_job_do_not_stop_the_mirror(server, tmp_path, mode, monkeypatch):
-    """Slurm sends SIGTERM to every process of a job; wandb's service dies of it, and a new one takes time to start."""
+@pytest.mark.parametrize(("mode", "pause"), [("online", 0), ("offline", 0), ("offline", 1)])
+def test_the_signals_of_a_job_do_not_stop_the_mirror(server, tmp_path, mode, pause, monkeypatch):
+    """Slurm sends SIGTERM to every process of a job; wandb's service dies of it, and a new one takes time to start.
+
+    Without a pause the service that is dying may take the row, and not write it down.
+    """
     monkeypatch.setattr(tracking, "INTERRUPTED_LIMIT", tracking.END_LIMIT)
     recorder = Recorder(tmp_path, mode)
     before = descendants(os.getpid())
@@ -225,9 +229,10 @@ def test_the_signals_of_a_job_do_not_stop_the_mirror(server, tmp_path, mode, mon
     sent = recorder.run_dir / "wandb" / "sent.json"
     while not sent.exists():
         time.sleep(0.05)
-    time.sleep(1.2)  # the flush interval of the transaction log
+    time.sleep(2)  # twice the flush interval of the transaction log
     for pid in set(descendants(os.getpid())) - set(before):
         os.kill(pid, signal.SIGTERM)
+    time.sleep(pause)
     recorder.validate(2)
     recorder.ledger.append("interrupted", reason="SIGTERM", step=20)
     mirror.finish()
@@ -236,6 +241,19 @@ def test_the_signals_of_a_job_do_not_stop_the_mirror(server, tmp_path, mode, mon
         assert any(b'"preempting":true' in one.body for one in server.requests)
     else:
         assert [r["epoch"] for r in history(recorder.run_dir)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(("service_died", "noted"), [(10.0, 1), (13.0, 2), (30.0, 3)])
+def test_what_a_dying_service_took_is_sent_again(tmp_path, monkeypatch, service_died, noted):
+    """Rows were sent at 9, 12 and 15 s; one is on the disk a second later."""
+    monkeypatch.setattr(mirror, "_terminated", [service_died])
+    tracker = mirror.WandbTracker.__new__(mirror.WandbTracker)
+    tracker._notes, tracker._sent = Notes(tmp_path / "sent.json"), {2: 9.2, 3: 12.0, 4: 15.0}
+    if service_died == 30.0:
+        del tracker._sent[4]
+    tracker._notes.write({"validation": max(tracker._sent)})
+    tracker._take_back()
+    assert tracker._notes.read() == {"validation": noted}
 
 
 def test_after_an_interruption_the_end_is_not_waited_for_as_long(server, tmp_path):

@@ -38,7 +38,10 @@ NO_KEY = "there is no API key; run `wandb login`, or set WANDB_API_KEY"
 INTERRUPTED = 75
 UPLOAD_LOCK = "upload.lock"
 # A requeue leaves a grace time of half a minute or less, and the signal comes to every process of the job.
-_NOT_OURS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+_NOT_OURS = (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# SIGTERM is none of ours either, but the client's service dies of it: when it came.
+_terminated: list[float] = []
+_FLUSH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ class WandbTracker:
         self._backend: Backend | None = None
         self._entity = self._problem = ""
         self._on_server: set[int] = set()
+        self._sent: dict[int, float] = {}
         self._upload_lock: TextIO | None = None
         problem = self._go_online() if job.mode in {"online", "upload"} else ""
         if problem and job.mode == "upload":
@@ -199,8 +203,9 @@ class WandbTracker:
         last = self._notes.read().get("validation", 0)
         return set(range(1, last + 1)) if isinstance(last, int) else set()
 
-    def send(self, number: int, row: dict[str, Any]) -> None:  # noqa: ARG002
+    def send(self, number: int, row: dict[str, Any]) -> None:
         """Log without ``step=``."""
+        self._sent[number] = time.monotonic()
         self._run.log(row)
 
     def note(self, history: History, covered: int) -> None:
@@ -292,12 +297,20 @@ class WandbTracker:
         """Let go of the lock and of what a failed start left behind: a second one would find the run id in use."""
         import wandb
 
+        self._take_back()
         with contextlib.suppress(Exception):
             wandb.teardown()
         os.dup2(2, 1)
         if self._upload_lock is not None:
             self._upload_lock.close()
             self._upload_lock = None
+
+    def _take_back(self) -> None:
+        """Note that what a dying service may have taken without writing it down has yet to be sent."""
+        died = _terminated[-1] if _terminated else time.monotonic()
+        unsure = [number for number, at in self._sent.items() if at > died - 1.5 * _FLUSH_SECONDS]
+        if unsure:
+            self._notes.write({"validation": min(unsure) - 1})
 
 
 class AccelerateTracker:
@@ -445,7 +458,7 @@ def wandb_settings(job: Job) -> dict[str, Any]:
         "x_file_stream_retry_wait_max_seconds": 15 if live else 2,
         "x_file_stream_timeout_seconds": 15,
         # The default of 15 s loses that much on SIGKILL.
-        "x_transaction_log_flush_interval": 1.0,
+        "x_transaction_log_flush_interval": _FLUSH_SECONDS,
     }
 
 
@@ -453,6 +466,7 @@ def main() -> None:
     """Serve standard input, then end at once: what the clients registered for the end may hang."""
     for number in _NOT_OURS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda _number, _frame: _terminated.append(time.monotonic()))
     # The client's service inherits what is standard; it must neither hold our pipes open nor write into them.
     commands = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
