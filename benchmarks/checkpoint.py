@@ -24,8 +24,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from distplateau.training.replica import Best
 from distplateau.training.saving.checkpoint import Checkpoint, CheckpointFolder
-from distplateau.training.saving.state import Best
 from distplateau.training.saving.writer import BackgroundWriter
 
 MEGABYTES = (100, 1000)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from distplateau.record.ledger import read_ledger
-from distplateau.training import interruption, trainer
+from distplateau.training import interruption, replica
 from distplateau.training.interruption import SIGNALS, Call, Interrupted, Interruption
 from distplateau.training.step import TrainStep
 from distplateau.training.trainer import Trainer
@@ -41,9 +41,9 @@ def _signalled(rank, config, step, victims, number, settle=True, shared=True):
     TrainStep.__call__ = watched
     if not settle:
         TrainStep.settle_buckets = lambda self: None
-    share_gradients = trainer.share_gradients
+    share_gradients = replica.share_gradients
     if not shared:
-        trainer.share_gradients = lambda model: None
+        replica.share_gradients = lambda model: None
     before = [signal.getsignal(n) for n in SIGNALS]
     try:
         result = _train(rank, config)[1]
@@ -51,7 +51,7 @@ def _signalled(rank, config, step, victims, number, settle=True, shared=True):
         result = stop.code, stop.reason, stop.step
     finally:
         TrainStep.__call__, TrainStep.settle_buckets = call, settle_buckets
-        trainer.share_gradients = share_gradients
+        replica.share_gradients = share_gradients
         interruption._ROUND_SECONDS = 1.0
     assert [signal.getsignal(n) for n in SIGNALS] == before
     return result
@@ -282,9 +282,9 @@ def _settle(rank, config):
     from distplateau.training.setup import prepare_parts
 
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
-    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
-    trainer.model.train()
+    before = {name: tensor.clone() for name, tensor in trainer.replica.network.state_dict().items()}
+    trainer.replica.model.train()
     trainer.train_step.settle_buckets()
-    after = trainer.network.state_dict()
+    after = trainer.replica.network.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert all(p.grad is None for p in trainer.network.parameters())
+    assert all(p.grad is None for p in trainer.replica.network.parameters())

@@ -148,7 +148,8 @@ def test_all_of_the_state_is_taken_over(run_dir, tmp_path, monkeypatch):
     def watched(self):
         self.accelerator.scaler = Scaler()
         checkpoint = resume(self)
-        seen.append((self.step, self.reductions, vars(self.best), self._nonfinite, self.run_id))
+        one = self.replica
+        seen.append((one.step, one.reductions, vars(one.best), self._nonfinite, one.run_id))
         seen.append(self.accelerator.scaler.state)
         self.accelerator.scaler = None
         return checkpoint

@@ -13,6 +13,7 @@ import pytest
 
 from distplateau.config import CheckpointSection
 from distplateau.errors import InputError
+from distplateau.lockstep.scheduler import LockstepScheduler
 from distplateau.record.ledger import Ledger, read_ledger
 from distplateau.record.report.page import write_report
 from distplateau.training import interruption
@@ -200,20 +201,19 @@ def test_all_saved_nothing_differs(tmp_path):
 
 
 class WithoutCounter:
-    """The trainer's checkpoint, one counter of the scheduler left at what it was at the start."""
+    """The scheduler's state dict, one counter left at what it was at the start."""
 
     def __init__(self, counter, value):
-        self.counter, self.value, self.method = counter, value, Trainer._checkpoint
+        self.counter, self.value, self.method = counter, value, LockstepScheduler.state_dict
 
     def __get__(self, owner, kind=None):
-        def checkpoint(unfinished):
-            made = self.method(owner, unfinished)
-            state = made.state["scheduler"]["lockstep"]
-            assert self.counter in state
-            state[self.counter] = self.value
+        def state_dict():
+            made = self.method(owner)
+            assert self.counter in made["lockstep"]
+            made["lockstep"][self.counter] = self.value
             return made
 
-        return checkpoint
+        return state_dict
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ class WithoutCounter:
     ],
 )
 def test_without_one_counter_the_run_ends_differently(tmp_path, counter, value, schedule):
-    assert _differs(tmp_path, [(Trainer, "_checkpoint", WithoutCounter(counter, value))], **schedule)
+    assert _differs(tmp_path, [(LockstepScheduler, "state_dict", WithoutCounter(counter, value))], **schedule)
 
 
 _VALIDATE = Trainer._validate
@@ -236,9 +236,9 @@ _VALIDATE = Trainer._validate
 
 def saves_first(trainer):
     """`Trainer._validate` as others have it: the checkpoint is taken before the decision."""
-    trainer._validated_at = trainer.step
+    trainer._validated_at = trainer.replica.step
     trainer._save(wait=True)
-    trainer._checkpoint_is_due = lambda: trainer._end() is not None
+    trainer._checkpoint_is_due = lambda: trainer.replica.end() is not None
     return _VALIDATE(trainer)
 
 

@@ -46,8 +46,8 @@ def _train(rank, config):
 
     def watched(self):
         event = validate(self)
-        seen.append((event["value"].hex(), event["decision"], event["lr_after"], self.scheduler.get_last_lr()))
-        seen_weights[:] = [p.detach().clone() for p in self.model.parameters()]
+        seen.append((event["value"].hex(), event["decision"], event["lr_after"], self.replica.scheduler.get_last_lr()))
+        seen_weights[:] = [p.detach().clone() for p in self.replica.model.parameters()]
         return event
 
     seen_weights: list[torch.Tensor] = []
@@ -196,7 +196,7 @@ def _train_until(rank, config, validations):
 
     def stop_after(self, *, wait=False):
         save(self, wait=wait)
-        if self.scheduler.state.validations == validations:
+        if self.replica.scheduler.state.validations == validations:
             raise StoppedError
 
     Trainer._save = stop_after
@@ -334,7 +334,7 @@ def _first_step_gradient(rank, config):
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
     trainer.train_step.begin(0)
     trainer.train_step(0)
-    return [p.detach() for p in trainer.model.parameters()]
+    return [p.detach() for p in trainer.replica.model.parameters()]
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -372,7 +372,7 @@ def _batchnorm_buffers(rank, config):
 
     def watched(self):
         event = validate(self)
-        buffers[:] = [b.clone() for b in self.model.buffers()]
+        buffers[:] = [b.clone() for b in self.replica.model.buffers()]
         return event
 
     Trainer._validate = watched

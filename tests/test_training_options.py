@@ -84,13 +84,13 @@ def _watch_reductions(rank, config):
     validate = Trainer._validate
 
     def watched(self):
-        before = [p.detach().clone() for p in self.network.parameters()]
+        before = [p.detach().clone() for p in self.replica.network.parameters()]
         event = validate(self)
         if event["decision"] == "improved":
             best[:] = before
         elif event["decision"] == "reduced":
-            now = list(self.network.parameters())
-            seen.append((same_tensors(now, best), same_tensors(now, before), len(self.optimizer.optimizer.state) > 0))
+            now, state = list(self.replica.network.parameters()), self.replica.optimizer.optimizer.state
+            seen.append((same_tensors(now, best), same_tensors(now, before), len(state) > 0))
         return event
 
     best: list[torch.Tensor] = []
@@ -178,11 +178,11 @@ def _largest_batch(rank, config):
 
     trainer = Trainer(config, prepare_parts(config), Accelerator(cpu=True))
     sizes: list[int] = []
-    trainer.network.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    trainer.replica.network.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
     trainer.train_step.begin(0)
     for step in range(3):
         trainer.train_step(step)
-    return max(sizes), [p.detach() for p in trainer.network.parameters()]
+    return max(sizes), [p.detach() for p in trainer.replica.network.parameters()]
 
 
 def _poison(rank, config, step, victim):

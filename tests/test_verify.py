@@ -58,8 +58,8 @@ def _diverge(rank, config):
     decide = trainer.Trainer._validate
 
     def poisoned(self):
-        if self.scheduler.state.validations == 2:
-            next(self.network.parameters()).data.fill_(float("nan"))
+        if self.replica.scheduler.state.validations == 2:
+            next(self.replica.network.parameters()).data.fill_(float("nan"))
         return decide(self)
 
     trainer.Trainer._validate = poisoned
