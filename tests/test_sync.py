@@ -116,7 +116,9 @@ def test_a_run_is_uploaded_once_however_often_it_is_asked_for(server, tmp_path, 
 
 
 def wandb_sync(segment):
-    subprocess.run([sys.executable, "-m", "wandb", "sync", str(segment)], check=True, capture_output=True, timeout=60)
+    # It leaves its logs where it is called.
+    command = [sys.executable, "-m", "wandb", "sync", str(segment)]
+    subprocess.run(command, cwd=segment.parent, check=True, capture_output=True, timeout=60)
 
 
 def wanted(recorder):
