@@ -294,6 +294,37 @@ def test_a_secret_in_the_configuration_is_refused(tmp_path, monkeypatch):
     assert "0123456789" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text", ['setup = ["client login 0123456789abcdef"]', '[slurm.env]\nINNOCENT = "0123456789abcdef"']
+)
+def test_a_secret_in_the_profile_is_refused_whatever_it_is_called(tmp_path, monkeypatch, text):
+    config = parse_config({"run": {"dir": str(tmp_path)}})
+    profile = profile_of(tmp_path, text)
+    submit._check_secrets(config, profile)  # of another shell
+    monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
+    with pytest.raises(InputError, match="MY_API_KEY: is in the cluster profile") as error:
+        submit._check_secrets(config, profile)
+    assert "0123456789" not in str(error.value)
+
+
+def test_a_secret_in_own_code_or_in_what_was_changed_there_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "mine"
+    source.mkdir()
+    (source / "model.py").write_text("KEY = '0123456789abcdef'\n")
+    config = parse_config({"model": {"name": "model:build"}, "run": {"dir": str(tmp_path / "runs")}})
+    freeze(config, config.run_dir, source)
+    monkeypatch.setenv("MY_API_KEY", "0123456789abcdef")
+    with pytest.raises(InputError, match=r"model.py: holds the value of MY_API_KEY") as error:
+        freeze(config, config.run_dir, source)
+    assert "0123456789" not in str(error.value)
+    git = ["git", "-C", str(source), "-c", "user.email=a@b", "-c", "user.name=c"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    (source / "model.py").write_text("KEY = None\n")
+    with pytest.raises(InputError, match=r"git diff in .*: holds the value of MY_API_KEY"):
+        freeze(config, config.run_dir, source)
+
+
 def test_address_and_port_of_another_job_are_not_taken_over(tmp_path):
     """Those of the profile are."""
 
@@ -564,6 +595,61 @@ def test_slurm_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
     assert time.monotonic() - began < 10
 
 
+def test_what_ended_before_the_ledger_was_written_is_no_interruption(tmp_path, monkeypatch):
+    """The ledger's last word is that of the stretch before, which was interrupted."""
+    (tmp_path / "submission").mkdir()
+    ledger = Ledger(tmp_path)
+    ledger.append("start", run="r")
+    ledger.append("interrupted", reason="SIGUSR2", step=1, epoch=1.0)
+    monkeypatch.setattr(queue, "is_wanted", lambda _: False)
+    said = []
+    monkeypatch.setattr(requeue, "_say", said.append)
+    for code in (75, 1, 1):
+        requeue.main([str(tmp_path), str(code), "9"])
+    assert ["it failed 2 times in a row with code 1" in text for text in said] == [False, False, True]
+
+
+@pytest.mark.parametrize("code", [138, 140, 143])
+def test_a_signal_before_the_handlers_are_there_is_no_failure(code):
+    assert verdict(code, 2, 20, interrupted=False, failure=Failure(code, "", 5)) is None
+    assert verdict(code, 20, 20, interrupted=False, failure=Failure(code, "", 5)) is not None
+
+
+def test_failures_of_another_submission_do_not_count(tmp_path):
+    config = parse_config({"run": {"dir": str(tmp_path)}})
+    requeue.count_failure(config.run_dir, 1)
+    freeze(config, config.run_dir, tmp_path)
+    assert requeue.count_failure(config.run_dir, 1).times == 1
+
+
+def test_a_job_that_slurm_brings_back_too_often_ends(tmp_path):
+    lines = script_of(tmp_path, "[slurm]\nmax_requeues = 3").split("# setup\n")[1].splitlines()
+
+    def ends(count):
+        env = {**os.environ, "SLURM_RESTART_COUNT": str(count), "SLURM_JOB_ID": "7"}
+        return subprocess.run(["bash", "-c", lines[0]], capture_output=True, text=True, check=False, env=env)
+
+    assert ends(3).returncode == 0
+    assert ends(4).returncode == 1
+    assert "job 7 ends: it came back more than 3 times" in ends(4).stderr
+
+
+def test_options_of_the_shell_do_not_beat_the_profile(tmp_path, monkeypatch):
+    for name in ("SBATCH_NO_REQUEUE", "SBATCH_PARTITION", "SBATCH_ACCOUNT"):
+        monkeypatch.setenv(name, "1")
+    with submit._without_options_of_the_shell(profile_of(tmp_path, '[slurm]\npartition = "low"')):
+        assert [name for name in os.environ if name.startswith("SBATCH_")] == ["SBATCH_ACCOUNT"]
+    assert os.environ["SBATCH_PARTITION"] == "1"
+
+
+def test_two_submissions_at_once_do_not_meet(tmp_path):
+    first, second, later = (submit._submitted_once(tmp_path) for _ in range(3))
+    with first, pytest.raises(InputError, match="is being submitted by another process"):
+        second.__enter__()
+    with later:
+        pass
+
+
 # The doctor.
 
 
@@ -575,6 +661,7 @@ def test_slurm_that_hangs_is_not_waited_for(tmp_path, monkeypatch):
         (None, "PartitionName=a Default=NO\nPartitionName=b Default=YES PreemptMode=OFF", True, "b is not preempted"),
         ("a", "PartitionName=a GraceTime=5 PreemptMode=REQUEUE", False, "a: PreemptMode = REQUEUE, 5 s of grace"),
         ("a", "PartitionName=a GraceTime=UNLIMITED PreemptMode=REQUEUE", True, "UNLIMITED s of grace"),
+        ("a", "PartitionName=a GraceTime=60 PreemptMode=CANCEL", False, "ends a job for good"),
         ("a", "PartitionName=a GraceTime=60 PreemptMode=GANG,SUSPEND", False, "halts ranks in the middle of a step"),
     ],
 )

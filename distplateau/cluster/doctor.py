@@ -154,6 +154,9 @@ def _preemption(name: str | None, config: dict[str, str]) -> Finding:
     if "SUSPEND" in mode:
         text = f"{name}: PreemptMode = {mode} halts ranks in the middle of a step; the other ranks then time out"
         return Finding("preemption", False, text, "ask for PreemptMode=REQUEUE, or use another partition")
+    if "CANCEL" in mode:
+        text = f"{name}: PreemptMode = {mode} ends a job for good that has not left within the grace time"
+        return Finding("preemption", False, text, "ask for PreemptMode=REQUEUE, or use another partition")
     grace = partition.get("GraceTime", "0")
     text = f"{name}: PreemptMode = {mode}, {grace} s of grace"
     fix = f'below {_LEAST_GRACE} s a large checkpoint is not whole in time: set checkpoint.every = "10 min"'

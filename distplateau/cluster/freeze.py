@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import shutil
 import stat
 import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import distplateau
+from distplateau.cluster.secrets import SECRET_FILES, is_secret_file, secret_in
 from distplateau.config import dump_config
 from distplateau.errors import InputError
 
@@ -20,12 +21,7 @@ if TYPE_CHECKING:
 _LARGEST_FILE = 2 * 2**20
 _LARGEST_SUM = 200 * 2**20
 _SKIPPED = frozenset({"__pycache__", "node_modules", "venv", "env", "runs", "wandb", "data"})
-# What holds keys by custom. Many folders have one that is not ignored, and a run folder is shown around.
-_SECRET_FILES = (
-    ".env", ".env.*", ".envrc", ".netrc", "*.pem", "*.key",
-    "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "credentials.json",
-)  # fmt: skip
-_NO_SECRETS = [f":(top,exclude,glob)**/{name}" for name in _SECRET_FILES]
+_NO_SECRETS = [f":(top,exclude,glob)**/{name}" for name in SECRET_FILES]
 
 
 def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
@@ -39,7 +35,7 @@ def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
     Raises
     ------
     InputError
-        If the code is too large to be copied, or the run folder cannot be written.
+        If the code is too large to be copied or holds a key, or the run folder cannot be written.
     """
     target = run_dir / "submission"
     try:
@@ -47,9 +43,11 @@ def freeze(config: Config, run_dir: Path, folder: Path) -> Path:
         _copy_package(target / "code")
         if uses_own_code(config):
             _copy_folder(folder, target / "code", Path(config.run.dir).expanduser().absolute())
+        (target / "failures.json").unlink(missing_ok=True)  # of the submission before
         for name, text in _git_state(folder).items():
             (target / name).unlink(missing_ok=True)  # of the submission before
             if text is not None:
+                _refuse_secrets(f"git diff in {folder}", text.encode(errors="surrogateescape"))
                 (target / name).write_text(text, encoding="utf-8")
         path = target / "config.toml"
         path.write_text(dump_config(_absolute(config)), encoding="utf-8")
@@ -117,8 +115,17 @@ def _copy_folder(source: Path, target: Path, runs: Path) -> None:
         copy = target / path.relative_to(source.absolute())
         if copy.is_relative_to(target / "distplateau"):
             continue  # copied from where it is imported
+        _refuse_secrets(str(path), path.read_bytes())
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, copy)
+
+
+def _refuse_secrets(where: str, content: bytes) -> None:
+    """Say where the value of a secret of this shell would be copied from, without saying it."""
+    name = secret_in(content)
+    if name is not None:
+        fix = "read it from the environment instead, which jobs inherit"
+        raise InputError(where, f"holds the value of {name}, and would be copied into the run folder", fix)
 
 
 def _files(folder: Path, runs: Path) -> list[Path]:
@@ -131,6 +138,7 @@ def _files(folder: Path, runs: Path) -> list[Path]:
         paths = {
             path for path in folder.absolute().rglob("*") if not _is_byproduct(path.relative_to(folder.absolute()))
         }
+    paths |= _imported(folder)
     # Earlier runs hold copies of this folder, and this one does soon.
     skipped = {path.parent for path in paths if path.name == "ledger.jsonl"}
     skipped |= {path.parent for path in paths if path.match("submission/config.toml")}
@@ -139,16 +147,20 @@ def _files(folder: Path, runs: Path) -> list[Path]:
     return sorted(
         path
         for path in paths
-        if path.is_file() and not _is_secret(path) and skipped.isdisjoint(path.absolute().parents)
+        if path.is_file() and not is_secret_file(path) and skipped.isdisjoint(path.absolute().parents)
     )
+
+
+def _imported(folder: Path) -> set[Path]:
+    """Return what the check of the configuration imported from there: needed, whatever git or its name says."""
+    files = {
+        Path(file).absolute() for module in list(sys.modules.values()) if (file := getattr(module, "__file__", None))
+    }
+    return {path for path in files if path.is_relative_to(folder.absolute()) and "site-packages" not in path.parts}
 
 
 def _is_byproduct(path: Path) -> bool:
     return any(part in _SKIPPED or part.startswith(".") for part in path.parts)
-
-
-def _is_secret(path: Path) -> bool:
-    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _SECRET_FILES)
 
 
 def _git_state(folder: Path) -> dict[str, str | None]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from distplateau.cluster.secrets import looks_secret
 from distplateau.config import Positive, Section, parse_model, read_toml
 from distplateau.errors import InputError
 
@@ -17,12 +18,6 @@ if TYPE_CHECKING:
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<hours>\d+):(?P<minutes>[0-5]\d)(?::(?P<seconds>[0-5]\d))?")
 _DELAY = re.compile(r"(?P<seconds>[1-9]\d*) ?s")
 _NODES = re.compile(r"(?P<least>[1-9]\d*)-(?P<most>[1-9]\d*)")
-# Whole words between underscores: NCCL_IB_PKEY and TOKENIZERS_PARALLELISM are no secrets.
-_SECRET = re.compile(
-    r"(?:^|_)(?:(?:API|ACCESS|PRIVATE|SECRET|AUTH)?KEY|(?:AUTH)?TOKEN|PAT|SECRET|PASSWORD|PASSWD|PASSPHRASE|PASS|PW"
-    r"|CREDENTIALS?)S?(?:$|_)",
-    re.IGNORECASE,
-)
 _ASSIGNMENT = re.compile(r"(?<![\w$])(?:--)?(?P<name>[A-Za-z_][\w-]*)=(?P<value>[^\s\"'$]|[\"'][^$])")
 _OPTION = re.compile(r"[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*")
 # What this package has a word of its own for, or would be broken by.
@@ -149,11 +144,6 @@ def load_profile(path: str | Path) -> Profile:
         problem = f"is not shorter than the limit of {section.time}"
         raise InputError("slurm.signal_delay", problem, "ask for more time", value=section.signal_delay)
     return profile
-
-
-def looks_secret(name: str) -> bool:
-    """Return whether a variable of that name holds what nobody else must see."""
-    return _SECRET.search(name.replace("-", "_")) is not None
 
 
 def _check_extra(extra: Mapping[str, Any]) -> None:

@@ -24,6 +24,8 @@ from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 
 DONE, WRONG_INPUT, INTERRUPTED = 0, 2, 75
+# Also what Python leaves with where a signal comes before its handlers are set: 128 + USR1, USR2, TERM.
+_LEFT = frozenset({INTERRUPTED, 138, 140, 143})
 FAILURES = "failures.json"
 # The same failure at the same checkpoint: the first may have been the machine's, the second is the program's.
 MOST_ALIKE = 2
@@ -43,11 +45,14 @@ class Failure:
         Newest checkpoint at that time, empty if there was none.
     times
         How often in a row it ended so.
+    ledger
+        Size of the ledger at that time.
     """
 
     code: int
     checkpoint: str
     times: int = 1
+    ledger: int = -1
 
 
 def verdict(code: int, restarts: int, max_requeues: int, *, interrupted: bool, failure: Failure) -> str | None:
@@ -68,7 +73,7 @@ def verdict(code: int, restarts: int, max_requeues: int, *, interrupted: bool, f
         return "its input is wrong, which another try would not change"
     if restarts >= max_requeues:
         return f"it came back {restarts} times already (slurm.max_requeues = {max_requeues})"
-    if not interrupted and code != INTERRUPTED and failure.times >= MOST_ALIKE:
+    if not interrupted and code not in _LEFT and failure.times >= MOST_ALIKE:
         where = failure.checkpoint or "its start"
         return f"it failed {failure.times} times in a row with code {code} after {where}: look into the logs"
     return None
@@ -78,7 +83,8 @@ def main(arguments: list[str]) -> int:
     """Decide, ask Slurm, and return the exit code that the batch script has to end with."""
     run_dir, code, max_requeues = Path(arguments[0]), int(arguments[1]), int(arguments[2])
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    interrupted = was_interrupted(run_dir)
+    # The last word may be that of an earlier stretch, if this one did not come to its first.
+    interrupted = was_interrupted(run_dir) and _ledger_size(run_dir) != _failure_before(run_dir).ledger
     failure = count_failure(run_dir, code)
     reason = verdict(code, restarts, max_requeues, interrupted=interrupted, failure=failure)
     job_id = own_job_id()
@@ -142,19 +148,30 @@ def count_failure(run_dir: Path, code: int) -> Failure:
     """Compare how it ended with how it ended before, and note it for the next time."""
     path = run_dir / "submission" / FAILURES
     checkpoints = sorted(folder.name for folder in (run_dir / "checkpoints").glob("step-*"))
-    failure = Failure(code, checkpoints[-1] if checkpoints else "")
-    try:
-        before = Failure(**json.loads(path.read_text(encoding="utf-8")))
-        if (before.code, before.checkpoint) == (failure.code, failure.checkpoint):
-            failure = Failure(code, failure.checkpoint, before.times + 1)
-    except (OSError, ValueError, TypeError):
-        pass  # the first one
+    newest, size = checkpoints[-1] if checkpoints else "", _ledger_size(run_dir)
+    before = _failure_before(run_dir)
+    times = before.times + 1 if (before.code, before.checkpoint) == (code, newest) else 1
+    failure = Failure(code, newest, times, size)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(failure)), encoding="utf-8")
     except OSError as error:  # the disk is full: what limits the requeues then is their number
         _say(f"not counted among the failures: {path}: {error.strerror or error}")
     return failure
+
+
+def _failure_before(run_dir: Path) -> Failure:
+    try:
+        return Failure(**json.loads((run_dir / "submission" / FAILURES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return Failure(DONE, "", 0)
+
+
+def _ledger_size(run_dir: Path) -> int:
+    try:
+        return (run_dir / "ledger.jsonl").stat().st_size
+    except OSError:
+        return 0
 
 
 def _say(text: str) -> None:

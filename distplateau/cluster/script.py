@@ -19,6 +19,7 @@ def run_parameters(name: str, profile: Profile, run_dirs: Sequence[Path]) -> dic
     return {
         **parameters(name, profile),
         "setup": [
+            _cap(profile.slurm.max_requeues),
             *_setup(profile),
             f"export PYTHONPATH={folder}/submission/code${{PYTHONPATH:+:$PYTHONPATH}}",
             # Or the current folder would come before it, with code that may have been edited since.
@@ -30,6 +31,12 @@ def run_parameters(name: str, profile: Profile, run_dirs: Sequence[Path]) -> dic
             "exit $?",
         ],
     }
+
+
+def _cap(most: int) -> str:
+    """Return the line that ends a job which Slurm itself has brought back too often: nobody asks the teardown then."""
+    said = f"distplateau: job $SLURM_JOB_ID ends: it came back more than {most} times (slurm.max_requeues)"
+    return f'if [ "${{SLURM_RESTART_COUNT:-0}}" -gt {most} ]; then echo "{said}" >&2; exit 1; fi'
 
 
 def parameters(name: str, profile: Profile) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 import math
@@ -19,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 from distplateau.cluster import job, queue
 from distplateau.cluster.freeze import freeze, make_private
 from distplateau.cluster.jobs import JOBS_FILE, LOCAL, Job, exit_code, states, submissions
-from distplateau.cluster.profile import Profile, load_profile, looks_secret
+from distplateau.cluster.profile import Profile, load_profile
 from distplateau.cluster.script import run_parameters
+from distplateau.cluster.secrets import secret_in
 from distplateau.config import dump_config, load_config, parse_model
 from distplateau.errors import InputError
 from distplateau.record.private import keep_others_out
@@ -32,8 +35,8 @@ if TYPE_CHECKING:
 
     from distplateau.config import Config
 
+_LOCK = ".submission.lock"
 _LONGEST_NAME = 255
-_SHORTEST_SECRET = 8
 # Slurm's own default, where it cannot be asked; a sweep on one machine runs one after the other.
 _USUAL_POINTS, _LOCAL_POINTS = 1000, 1000
 
@@ -78,18 +81,47 @@ def _submit(profile: Profile, configs: Sequence[Config], cluster: str) -> list[S
     for config in configs:
         check(config, profile)
         make_private(config.run_dir)
+    with contextlib.ExitStack() as held:
+        for config in configs:
+            held.enter_context(_submitted_once(config.run_dir))
+            _check_not_queued(config.run_dir)  # another submission may have been faster
+        return _freeze_and_send(profile, configs, cluster)
+
+
+def _freeze_and_send(profile: Profile, configs: Sequence[Config], cluster: str) -> list[Submitted]:
     payloads = []
     for config in configs:
         frozen = freeze(config, config.run_dir.absolute(), Path.cwd())
         payloads.append((str(frozen), str(frozen.parent / "code")))
     executor = _executor(_home(configs), cluster, profile, configs)
-    jobs = _send(executor, payloads, local=cluster == LOCAL)
+    with _without_options_of_the_shell(profile):
+        jobs = _send(executor, payloads, local=cluster == LOCAL)
     submitted = [
         Submitted(config.run_dir.absolute(), Job(job_id, cluster)) for config, job_id in zip(configs, jobs, strict=True)
     ]
     for one in submitted:
         _note(one)
     return submitted
+
+
+@contextlib.contextmanager
+def _submitted_once(run_dir: Path) -> Iterator[None]:
+    """Hold a run folder from the look at its jobs until the new one is noted there.
+
+    Raises
+    ------
+    InputError
+        If another process is submitting the same run.
+    """
+    with (run_dir / _LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fix = "wait for that one, or choose another run.name"
+            raise InputError(str(run_dir), "is being submitted by another process", fix) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
 
 
 def dry_run(config_path: Path, cluster: str, overrides: Mapping[str, str], grid: Mapping[str, Sequence[str]]) -> str:
@@ -128,29 +160,45 @@ def check(config: Config, profile: Profile) -> None:
         raise InputError(
             "data.global_batch_size", problem, f"use at least {ranks}", value=config.data.global_batch_size
         )
-    for one in submissions(config.run_dir):
-        state = one.state()
-        if state is not None and not state.has_ended:
-            problem = f"is being trained by job {one.job_id} ({state.name})"
-            fix = f"choose another run.name, or end that job: distplateau jobs --cancel {config.run_dir}"
-            raise InputError(str(config.run_dir), problem, fix)
+    _check_not_queued(config.run_dir)
     from distplateau.training.processes import check_launcher
     from distplateau.training.setup import check_run_folder, prepare_parts
 
     check_launcher(profile.slurm.env)
-    _check_secrets(config)
+    _check_secrets(config, profile)
     if config.run_dir.exists():
         check_run_folder(config, override=False)
     prepare_parts(_as_here(config, profile))
 
 
-def _check_secrets(config: Config) -> None:
-    """Refuse a configuration that holds the value of a secret of this shell: it is frozen into the run folder."""
-    text = dump_config(config)
-    for name, value in os.environ.items():
-        if looks_secret(name) and len(value) >= _SHORTEST_SECRET and value in text:
+def _check_not_queued(run_dir: Path) -> None:
+    for one in submissions(run_dir):
+        state = one.state()
+        if state is not None and not state.has_ended:
+            problem = f"is being trained by job {one.job_id} ({state.name})"
+            fix = f"choose another run.name, or end that job: distplateau jobs --cancel {run_dir}"
+            raise InputError(str(run_dir), problem, fix)
+
+
+def _check_secrets(config: Config, profile: Profile) -> None:
+    """Refuse the value of a secret of this shell: the one is frozen into the run folder, the other a batch script."""
+    texts = {"configuration, which lies in the run folder": dump_config(config)}
+    texts["cluster profile, which is written into the batch script"] = "\n".join(_strings(profile.model_dump()))
+    for where, text in texts.items():
+        name = secret_in(text.encode())
+        if name is not None:
             fix = "read it from the environment instead, which jobs inherit"
-            raise InputError(name, "is in the configuration, which lies in the run folder", fix)
+            raise InputError(name, f"is in the {where}", fix)
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
+    else:
+        yield str(value)
 
 
 def _as_here(config: Config, profile: Profile) -> Config:
@@ -163,7 +211,7 @@ def _as_here(config: Config, profile: Profile) -> Config:
 def _check_folders(configs: Sequence[Config]) -> None:
     """Refuse folders that Slurm would call something else, that are no folder, or that two runs would share."""
     home = _home(configs)
-    if wrong := sorted({sign for sign in str(home) if sign in "%\\" or not sign.isprintable()}):
+    if wrong := sorted({sign for sign in str(home) if sign in "%\\:" or not sign.isprintable()}):
         problem = f"has {', '.join(map(repr, wrong))} in its path, which Slurm reads as something else"
         raise InputError(str(home), problem, "choose another run.name or run.dir")
     if len(configs) == 1:
@@ -207,7 +255,7 @@ def expand_grid(grid: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, dict[s
             f"{key if list(shorts.values()).count(shorts[key]) > 1 else shorts[key]}={value}"
             for key, value in point.items()
         ]
-        yield ",".join(parts).replace("/", "_"), point
+        yield ",".join(parts).replace("/", "_").replace(":", "."), point
 
 
 def _prepare(
@@ -288,6 +336,21 @@ def _send(executor: Executor, payloads: Sequence[tuple[str, str]], *, local: boo
     except (FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(getattr(error, "stderr", None) or error).split())
         raise InputError("sbatch", f"refused the job ({said})", "mend the cluster profile") from None
+
+
+@contextlib.contextmanager
+def _without_options_of_the_shell(profile: Profile) -> Iterator[None]:
+    """Take SBATCH_... away where the script says the same: sbatch heeds them before the script's own lines."""
+    ours = {"EXPORT", "NO_REQUEUE", "REQUEUE", "SIGNAL", "TIMELIMIT", "OPEN_MODE", "OUTPUT", "ERROR", "INPUT",
+            "JOB_NAME", "ARRAY_INX", "WAIT", "TEST_ONLY", "HOLD"}  # fmt: skip
+    named = {"partition": "PARTITION", "account": "ACCOUNT", "qos": "QOS", "constraint": "CONSTRAINT", "gres": "GRES",
+             "mem": "MEM_PER_NODE", "gpus_per_node": "GPUS_PER_NODE", "reservation": "RESERVATION"}  # fmt: skip
+    ours |= {name for key, name in named.items() if getattr(profile.slurm, key) is not None}
+    taken = {name: os.environ.pop(name) for name in [f"SBATCH_{one}" for one in ours] if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(taken)
 
 
 def _free_port() -> int:
