@@ -9,6 +9,7 @@ run that was left alone.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import random
@@ -29,6 +30,8 @@ from distplateau.record.verify import verify
 if TYPE_CHECKING:
     from multiprocessing.process import BaseProcess
 
+    from torch import nn
+
 WORLD_SIZES = (1, 2, 3, 4)
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGUSR2)
 KEYS = ("validation", "step", "value", "decision", "lr_before", "lr_after", "best", "num_bad", "digest", "train_loss")
@@ -42,13 +45,27 @@ def make_config(folder: Path) -> Config:
         {
             "run": {"name": "run", "dir": str(folder)},
             "data": {"global_batch_size": 16, "validation_size": 0.2, "augment": ["flip"]},
-            "model": {"args": {"hidden": [64], "dropout": 0.2}},
+            "model": {"name": "crash:network"},
             "optimizer": {"lr": 0.01},
             "schedule": {"patience": 0, "factor": 0.5, "warmup_steps": 20, "restore_best": True},
             "training": {"epochs": 8, "validate_every": "30 steps", "ema": 0.9},
             "checkpoint": {"every": "25 steps"},
             "tracking": {"wandb": "disabled"},
         }
+    )
+
+
+def network(image_shape: tuple[int, int, int], num_classes: int) -> nn.Module:
+    """Return a network with random numbers in its forward pass, and buffers that each of them changes."""
+    from torch import nn
+
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(math.prod(image_shape), 64),
+        nn.BatchNorm1d(64),
+        nn.ReLU(),
+        nn.Dropout(0.2),
+        nn.Linear(64, num_classes),
     )
 
 

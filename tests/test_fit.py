@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import subprocess
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
+from safetensors.torch import load_file
 from torch.utils.data import Dataset, TensorDataset
 
 from distplateau import fit
@@ -19,6 +21,7 @@ from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
 from distplateau.training import mistakes
 from distplateau.training.evaluate import evaluate
+from distplateau.training.interruption import Interrupted
 from distplateau.training.trainer import Trainer
 from ranks import run_ranks
 
@@ -197,11 +200,21 @@ def complex_numbers(outputs, _targets):
     return {"phase": outputs[:, 0] + 1j}
 
 
+def sparse(outputs, _targets):
+    return {"gap": outputs[:, 0].to_sparse()}
+
+
+def nameless(outputs, _targets):
+    return {"two\nlines": outputs[:, 0]}
+
+
 @pytest.mark.parametrize(
     ("metrics", "problem"),
     [
         ("named_as_the_loss", "the name loss is taken"),
         ("complex_numbers", "phase is complex"),
+        ("sparse", "gap is a sparse tensor"),
+        ("nameless", r"'two\\nlines' is no name to print"),
         ("late", "the function gave far for some batches and not for others"),
     ],
 )
@@ -376,3 +389,219 @@ def test_one_sample_for_two_ranks_with_batchnorm(tmp_path):
     (counts, weights), (_, others) = run_ranks(_fewer_samples_than_ranks, 2, tmp_path)
     assert counts == [1, 1, 1]
     assert torch.equal(weights, others)
+
+
+# What belongs to the caller, and what the ranks are given.
+
+
+class InPlace(torch.nn.Linear):
+    """Doubles its inputs where they are."""
+
+    def forward(self, inputs):
+        return super().forward(inputs.mul_(2))
+
+
+def test_a_model_that_changes_its_inputs_does_not_change_the_data(tmp_path):
+    train, validation = points(40, 0), points(20, 1)
+    before = [tensor.clone() for tensor in (*train, *validation)]
+    config = {**settings(tmp_path, epochs=3), "optimizer": {"name": "sgd", "lr": 1e-30}, "schedule": {"eps": 0}}
+    run_dir = fit(InPlace(5, 1), "mse", train, validation, config)
+    assert all(map(torch.equal, (*train, *validation), before))
+    first, *others = [event["value"] for event in read_ledger(run_dir).validations]
+    assert others == [first, first]
+
+
+def test_outputs_of_double_precision_are_measured_as_such(tmp_path):
+    inputs, values = (part.double() for part in points(20, 0))
+    model = torch.nn.Linear(5, 1).double()
+    config = {**settings(tmp_path, epochs=1), "optimizer": {"name": "sgd", "lr": 1e-300}, "schedule": {"eps": 0}}
+    run_dir = fit(model, absolute, (inputs, values), (inputs, values), config)
+    expected = (model(inputs)[:, 0] - values).abs().mean().item()
+    assert abs(read_ledger(run_dir).validations[0]["value"] / expected - 1) < 1e-14
+
+
+class Shifted(TensorDataset):
+    """Has two tensors, and gives others."""
+
+    def __getitem__(self, index):
+        inputs, target = super().__getitem__(index)
+        return inputs + 1000, target
+
+
+def test_a_subclass_of_tensor_dataset_is_asked_for_its_samples(tmp_path):
+    seen = []
+    model = torch.nn.Linear(5, 1)
+    model.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0].min().item()))
+    fit(model, "mse", Shifted(*points(20, 0)), points(20, 1), settings(tmp_path, epochs=1))
+    assert any(low > 900 for low in seen)
+
+
+def _draws(rank, folder):
+    model = torch.nn.Linear(5, 1)
+    torch.manual_seed(5)
+    expected = torch.rand(3, generator=torch.Generator().manual_seed(5))
+    fit(model, "mse", points(40, 0), points(20, 1), settings(folder, epochs=1))
+    return torch.equal(torch.rand(3), expected)
+
+
+def test_the_random_numbers_of_the_ranks_are_put_back(tmp_path):
+    assert run_ranks(_draws, 2, tmp_path) == [True, True]
+
+
+def _unequal(rank, folder, what):
+    config, train, validation = settings(folder, epochs=1), points(40, 0), points(20, 1)
+    width = 1
+    if rank == 1:
+        if what == "batch":
+            config["data"]["global_batch_size"] = 8
+        elif what == "training":
+            train = points(41, 0)
+        elif what == "validation":
+            validation = points(19, 1)
+        elif what == "split":
+            validation = points(20, 2)
+        elif what == "model":
+            width = 2
+    try:
+        fit(torch.nn.Sequential(torch.nn.Linear(5, width), torch.nn.Linear(width, 1)), "mse", train, validation, config)
+    except InputError as error:
+        return str(error), error.rank
+    return None
+
+
+@pytest.mark.parametrize(
+    ("what", "problem"),
+    [
+        ("batch", "data.global_batch_size: is 16 on rank 0 and 8 on rank 1"),
+        ("training", "the training data: is 40 samples"),
+        ("validation", "the validation data: is 20 samples"),
+        ("split", "the validation data: is 20 samples"),
+        ("model", "the model: is "),
+        ("nothing", None),
+    ],
+)
+def test_ranks_that_are_given_different_things_are_told(tmp_path, what, problem):
+    told = run_ranks(_unequal, 2, tmp_path, what)
+    if problem is None:
+        assert told == [None, None]
+    else:
+        assert told[0] == told[1]
+        assert told[0][0].startswith(problem) and told[0][0].endswith("; give every rank the same")
+        assert told[0][1] == 0
+
+
+def test_a_run_is_not_continued_with_another_loss_or_other_data(tmp_path):
+    def go_on(loss, count):
+        return fit(torch.nn.Linear(5, 1), loss, points(count, 0), points(20, 1), settings(tmp_path, epochs=1))
+
+    run_dir = go_on("mse", 40)
+    assert 'loss = "mse"' in (run_dir / "config.toml").read_text()
+    with pytest.raises(InputError, match=r"other settings \(training.loss 'mse' -> 'absolute'\)"):
+        go_on(absolute, 40)
+    with pytest.raises(InputError, match="holds a run with 40 training samples, and there are 56 now"):
+        go_on("mse", 56)
+    go_on("mse", 40)
+
+
+def test_a_report_is_written_and_nobody_else_may_write_into_the_folder(tmp_path):
+    mask = os.umask(0)
+    try:
+        run_dir = fit(torch.nn.Linear(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path, epochs=1))
+    finally:
+        os.umask(mask)
+    assert (run_dir / "report.html").is_file()
+    assert not [path for path in run_dir.rglob("*") if path.stat().st_mode & 0o002]
+
+
+# Models that are not plain.
+
+
+class Counting(torch.nn.Linear):
+    """A layer whose outputs depend on how often it was trained."""
+
+    def __init__(self, *, persistent):
+        super().__init__(5, 1)
+        self.count = torch.nn.Buffer(torch.zeros((), dtype=torch.int16), persistent=persistent)
+
+    def forward(self, inputs):
+        if self.training:
+            self.count += 1
+        return super().forward(inputs) * (1 + self.count / 10)
+
+
+def _counted(rank, folder, persistent, stop_at):
+    torch.manual_seed(0)
+    model = Counting(persistent=persistent)
+    heed = Trainer._heed
+
+    def stopping(self, call):
+        if self.replica.step == stop_at:
+            self._interrupt("TEST")
+        heed(self, call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_heed", stopping)
+        with contextlib.suppress(Interrupted):
+            fit(model, "mse", points(90, 0), points(20, 1), settings(folder, epochs=3))
+    return model.weight.detach(), model.count.item()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("stop_at", [6, 8])  # at a validation and between two
+def test_buffers_outside_the_state_dict_survive_as_the_others_do(tmp_path, ranks, persistent, stop_at):
+    whole = run_ranks(_counted, ranks, tmp_path / "whole", persistent, None)
+    cut = run_ranks(_counted, ranks, tmp_path / "cut", persistent, stop_at)
+    assert cut[0][1] == stop_at
+    resumed = run_ranks(_counted, ranks, tmp_path / "cut", persistent, None)
+    for (weight, count), (expected, steps) in zip(resumed, whole, strict=True):
+        assert count == steps == 18
+        assert torch.equal(weight, expected)
+
+
+def test_the_buffers_of_a_checkpoint_are_not_those_that_training_goes_on_with(tmp_path):
+    seen = []
+
+    def watched(self):
+        seen.append((self._buffers(), dict(self.replica.network.named_buffers())))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_validate", lambda self: watched(self) or validate(self))
+        fit(Counting(persistent=True), "mse", points(90, 0), points(20, 1), settings(tmp_path, epochs=1))
+    [(saved, live)] = seen
+    assert saved[0]["count"] == live["count"] and saved[0]["count"].data_ptr() != live["count"].data_ptr()
+
+
+validate = Trainer._validate
+
+
+class Remembering(torch.nn.Linear):
+    """Keeps what its last forward pass gave."""
+
+    def forward(self, inputs):
+        self.features = super().forward(inputs)
+        return self.features
+
+
+def test_a_model_that_keeps_its_features_is_averaged(tmp_path):
+    model = Remembering(5, 1)
+    fit(model, "mse", points(40, 0), points(20, 1), settings(tmp_path, epochs=2, ema=0.5))
+    average = load_file(next((tmp_path / "run" / "checkpoints").glob("step-*")) / "average.safetensors")
+    assert average.keys() == {"weight", "bias"}
+    assert not torch.equal(average["weight"], model.weight)
+
+
+class Versioned(torch.nn.Linear):
+    """Puts more than tensors into its state."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+
+def test_a_state_that_cannot_be_kept_is_told(tmp_path):
+    expanded = torch.nn.Linear(5, 1)
+    expanded.register_buffer("scale", torch.ones(1).expand(5))
+    with pytest.raises(InputError, match="model: the buffer scale is an expanded tensor"):
+        fit(expanded, "mse", points(9, 0), points(9, 1), settings(tmp_path))
+    with pytest.raises(InputError, match=r"model: _extra_state in its state_dict\(\) is a dict"):
+        fit(Versioned(5, 1), "mse", points(9, 0), points(9, 1), settings(tmp_path))

@@ -66,7 +66,7 @@ _REQUIRED: dict[str, dict[str, Any]] = {
 
 def encode(event: Event) -> str:
     """Write an event as one JSON line; NaN and infinities become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
-    return json.dumps(_to_json(event), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(to_json(event), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
 
 
 def decode(line: str) -> Event:
@@ -80,7 +80,7 @@ def decode(line: str) -> Event:
     parsed = json.loads(line)
     if not isinstance(parsed, dict) or not isinstance(parsed.get("event"), str):
         raise ValueError("not an event")
-    event = {key: value if key in _AS_WRITTEN else _from_json(value) for key, value in parsed.items()}
+    event = {key: value if key in _AS_WRITTEN else from_json(value) for key, value in parsed.items()}
     for key, kind in _REQUIRED.get(event["event"], {}).items():
         if not isinstance(event.get(key), kind):
             raise ValueError(f"{event['event']} without {key}")
@@ -276,21 +276,23 @@ def _superseded(event: Event, resumed: Event) -> bool:
     return event["event"] == "validation" and event["validation"] > resumed["last_validation"]
 
 
-def _to_json(value: Any) -> Any:
+def to_json(value: Any) -> Any:
+    """Return a value that JSON can hold: NaN and infinities become the strings ``"nan"``, ``"inf"``, ``"-inf"``."""
     if isinstance(value, float) and not math.isfinite(value):
         return {math.inf: "inf", -math.inf: "-inf"}.get(value, "nan")
     if isinstance(value, dict):
-        return {str(k): _to_json(v) for k, v in value.items()}
+        return {str(k): to_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_to_json(v) for v in value]
+        return [to_json(v) for v in value]
     return value
 
 
-def _from_json(value: Any) -> Any:
+def from_json(value: Any) -> Any:
+    """Turn the strings for non-finite numbers into floats again."""
     if isinstance(value, str) and value in {"nan", "inf", "-inf"}:
         return float(value)
     if isinstance(value, dict):
-        return {k: _from_json(v) for k, v in value.items()}
+        return {k: from_json(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [_from_json(v) for v in value]
+        return [from_json(v) for v in value]
     return value

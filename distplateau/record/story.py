@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from distplateau.record.ledger import from_json
 from distplateau.record.words import (
     PANEL_METRICS,
     PERCENT_SIGN,
@@ -302,11 +303,12 @@ def meta(history: History) -> str:
 
 
 def evaluations(history: History) -> dict[str, Any] | None:
-    """Return the results by split; empty without the file, None for a file that is none."""
+    """Return the metrics and the count by split; empty without the file, None for a file that is none."""
     path = history.run_dir / "evaluation.json"
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        return {split: {k: r[k] + 0 for k in ("loss", "accuracy", "count")} for split, r in results.items()}
+        results = from_json(json.loads(path.read_text(encoding="utf-8")))
+        found = {split: {name: value + 0 for name, value in result.items()} for split, result in results.items()}
+        return found if all({"loss", "count"} <= result.keys() for result in found.values()) else None
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError):

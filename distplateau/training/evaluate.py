@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from distplateau.config import load_config
 from distplateau.errors import InputError
 from distplateau.lockstep.metric import GlobalMean
+from distplateau.record.ledger import to_json
 from distplateau.training.data.datasets import load
 from distplateau.training.mistakes import told_once
 from distplateau.training.parts.models import load_model
@@ -16,7 +17,11 @@ from distplateau.training.processes import accelerated
 from distplateau.training.validation import measure, metric_names
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from accelerate import Accelerator
+    from torch import Tensor
 
     from distplateau.config import Config
 
@@ -53,14 +58,23 @@ def evaluate(run_dir: Path, split: str = "test", data_root: str | None = None) -
     with accelerated(config.training.precision) as accelerator, told_once():
         # Not prepared by Accelerate: there is nothing to train, so the weights need no DDP around them.
         model = model.to(accelerator.device)
-        with accelerator.autocast():
-            data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
-            measure(accelerator, model, data, split, batch_size, objective, metrics)
+        # As in training: the network alone in low precision, loss and metrics of its outputs in full.
+        model.forward = _autocast(accelerator, model.forward)
+        data, batch_size = data.to(accelerator.device), config.data.eval_batch_size
+        measure(accelerator, model, data, split, batch_size, objective, metrics)
         result: dict[str, Any] = {name.removeprefix("val/"): metric.compute() for name, metric in metrics.items()}
         result["count"] = int(metrics["val/loss"].count)
         if accelerator.is_main_process:
             _write(run_dir / FILE_NAME, split, result)
     return result
+
+
+def _autocast(accelerator: Accelerator, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def in_precision(images: Tensor) -> Any:
+        with accelerator.autocast():
+            return forward(images)
+
+    return in_precision
 
 
 def _run_config(run_dir: Path) -> Config:
@@ -77,7 +91,7 @@ def _write(path: Path, split: str, result: dict[str, Any]) -> None:
     known = known if isinstance(known, dict) else {}
     partial = path.with_name(f".partial-{path.name}")
     try:
-        partial.write_text(json.dumps({**known, split: result}, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps({**known, split: to_json(result)}, indent=1, allow_nan=False), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         fix = "free space or fix the permissions and evaluate again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from distplateau.config import Config, load_config, parse_config
 from distplateau.errors import InputError
+from distplateau.record.private import keep_others_out
+from distplateau.record.report.page import write_report
 from distplateau.training.data.loader import (
     MapStyle,
     PairSpec,
@@ -85,10 +88,17 @@ def fit(
     _check_targets("train_data", train, loss, data.num_classes)
     _check_targets("val_data", validation, loss, data.num_classes)
     further = build_objective(settings.training, 0).further
-    function = build_loss(loss, settings.training.loss_args) if isinstance(loss, str) else per_sample(loss, _name(loss))
+    section = settings.training
+    function = build_loss(loss, section.loss_args) if isinstance(loss, str) else per_sample(loss, _name(loss))
     objective = Objective(function, data.num_classes, further)
-    with _forward_put_back(model):
-        return train_parts(settings, assemble_parts(settings, data, model, objective))
+    # Another loss makes it another run, which config.toml has to tell.
+    named = section.model_copy(update={"loss": loss if isinstance(loss, str) else _name(loss)})
+    settings = settings.model_copy(update={"training": named})
+    with keep_others_out(), _forward_put_back(model):
+        run_dir = train_parts(settings, assemble_parts(settings, data, model, objective))
+        if os.environ.get("RANK", "0") == "0":
+            write_report(run_dir)
+    return run_dir
 
 
 @contextlib.contextmanager
@@ -120,7 +130,7 @@ def _settings(config: Config | Mapping[str, Any] | str | Path | None) -> Config:
 
 def _samples(argument: str, given: Samples, workers: int) -> Split | StreamedSplit:
     """Keep tensors in memory, where they need no worker processes; read a data set while it is used."""
-    if isinstance(given, TensorDataset) and len(given.tensors) == 2:
+    if type(given) is TensorDataset and len(given.tensors) == 2:  # a subclass may transform its samples
         given = (given.tensors[0], given.tensors[1])
     if not isinstance(given, tuple):
         return _streamed(argument, given, workers)

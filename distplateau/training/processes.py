@@ -148,6 +148,16 @@ def repeatable_kernels(wanted: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def random_numbers_put_back(device: torch.device) -> Iterator[None]:
+    """Put torch's random numbers back afterwards.
+
+    Each step seeds them by rank: the ranks of a script would draw different splits for what they do next.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextlib.contextmanager
 def threads_put_back() -> Iterator[None]:
     """Put the number of torch's threads back afterwards: a run that goes on takes that of its start."""
     threads = torch.get_num_threads()

@@ -100,6 +100,11 @@ class ProgressReport:
             where = [epoch, f"step {step:,}/{self._total:,}"]
             self.say("  ".join(filter(None, [*where, *facts, f"{self._remaining(step)} left"])), "dim")
 
+    def stands_at(self, best: float, num_bad: int) -> None:
+        """Take over what the lines between validations say of the schedule."""
+        bad = f"  bad {num_bad}/{self._patience}" if self._patience is not None else ""
+        self._standing = f"best {best:.4f}{bad}"
+
     def _is_due(self, step: int) -> bool:
         if self._every_steps is not None:
             return step % self._every_steps == 0
@@ -114,8 +119,7 @@ class ProgressReport:
         if not self._main:
             return
         self._begin_interval(event["step"])
-        bad = f"  bad {event['num_bad']}/{self._patience}" if self._patience is not None else ""
-        self._standing = f"best {event['best']:.4f}{bad}"
+        self.stands_at(event["best"], event["num_bad"])
         style = {"reduced": "yellow", "raised": "cyan", "improved": "green"}.get(event["decision"])
         self.say(validation_line(event, self._epochs, self._patience, self._remaining(event["step"])), style)
         if "nonfinite_loss" in event:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 
 from distplateau.config import Config, load_config
@@ -15,22 +17,25 @@ from distplateau.errors import InputError
 from distplateau.lockstep import schedules
 from distplateau.lockstep.plateau import PlateauRule
 from distplateau.lockstep.scheduler import LockstepScheduler, make_scheduler
-from distplateau.record.ledger import FILE_NAME
+from distplateau.record.ledger import FILE_NAME, read_ledger
 from distplateau.record.tracking.tracker import check_trackers
 from distplateau.training.data.augment import Augment, build_augment
 from distplateau.training.data.datasets import load
+from distplateau.training.data.samples import Split
 from distplateau.training.parts.models import build_model
 from distplateau.training.parts.objective import Objective, build_objective
 from distplateau.training.parts.optimizers import build_optimizer
 from distplateau.training.processes import check_launcher, launched_ranks, on_cpu
 from distplateau.training.saving.checkpoint import CheckpointFolder
-from distplateau.training.validation import metric_names, try_training
+from distplateau.training.validation import first_two, metric_names, try_training
 
 if TYPE_CHECKING:
     from distplateau.training.data.samples import DataSet
 
 # What may differ between a run and its continuation without changing what is computed.
 _FREE_SECTIONS = frozenset({"checkpoint", "tracking"})
+# What each node may call by another name.
+_OF_A_NODE = ("run.dir", "data.root", "data.workers")
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def assemble_parts(config: Config, data: DataSet, model: nn.Module, objective: O
         problem = f"schedule.min_lr is no lower than the rate at the start, {max(scheduler.get_last_lr()):g}"
         raise InputError("training.early_stop", problem, "lower schedule.min_lr", value="min_lr")
     augment = build_augment(config.data.augment)
-    augment.check(torch.zeros(1, *data.train.shape, dtype=torch.uint8 if data.mean else torch.float32))
+    if config.data.augment:
+        augment.check(torch.zeros_like(first_two(data.train)[0][:1]))
     return Parts(data, model, optimizer, scheduler, length, objective, metrics, augment)
 
 
@@ -180,6 +186,60 @@ def check_run_folder(config: Config, *, override: bool) -> None:
             f"holds a run with other settings ({'; '.join(different)})",
             "choose another run.name, or continue it with --resume override",
         )
+
+
+def check_samples(config: Config, data: DataSet, *, override: bool) -> None:
+    """Refuse to continue a run with other data: its samples would not be those of the epoch it is in."""
+    try:
+        known = [event["samples"] for event in read_ledger(config.run_dir).events if "samples" in event]
+    except InputError:  # there is none yet, or it cannot be read
+        return
+    if override or not known or not isinstance(known[-1], dict):
+        return
+    for part, word, samples in (("train", "training", data.train), ("validation", "validation", data.validation)):
+        before = known[-1].get(part, len(samples))
+        if before != len(samples):
+            raise InputError(
+                str(config.run_dir),
+                f"holds a run with {before} {word} samples, and there are {len(samples)} now",
+                "choose another run.name, or continue it with --resume override",
+            )
+
+
+def check_same(config: Config, parts: Parts) -> None:
+    """Refuse ranks that were given different things: they would wait for each other, or train on what others validate.
+
+    Collective.
+
+    Raises
+    ------
+    InputError
+        With what differs; the first rank tells it.
+    """
+    first, *others = gather_object([_given(config, parts)])
+    for rank, other in enumerate(others, start=1):
+        for key in sorted(first.keys() | other.keys()):
+            if first.get(key) != other.get(key):
+                problem = f"is {first.get(key)} on rank 0 and {other.get(key)} on rank {rank}"
+                error = InputError(key, problem, "give every rank the same")
+                error.rank = 0
+                raise error
+
+
+def _given(config: Config, parts: Parts) -> dict[str, object]:
+    """Return what has to be the same on every rank."""
+    tree = config.model_dump()
+    given = {f"{section}.{key}": value for section in tree for key, value in tree[section].items()}
+    for key in _OF_A_NODE:
+        del given[key]
+    for name, samples in {"training data": parts.data.train, "validation data": parts.data.validation}.items():
+        given[f"the {name}"] = f"{len(samples)} samples"
+        if isinstance(samples, Split):
+            labels = samples.labels.cpu().contiguous().view(torch.uint8).numpy()
+            given[f"the {name}"] += f" (labels {hashlib.sha256(labels.tobytes()).hexdigest()[:8]})"
+    shapes = str([list(parameter.shape) for parameter in parts.model.parameters()])
+    given["the model"] = hashlib.sha256(shapes.encode()).hexdigest()[:8]
+    return given
 
 
 def differences(old: Config, new: Config) -> list[str]:

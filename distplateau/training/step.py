@@ -139,8 +139,10 @@ class TrainStep:
 
     def last_loss(self) -> float:
         """Return the mean loss of this rank's last micro-batch. Waits for the device."""
-        _, samples, total = self._losses[-1] if self._losses else (0, 0, None)
-        return math.nan if total is None or not samples else float(total) / samples
+        # This rank's slice of a short batch may be empty.
+        filled = ((total, samples) for _, samples, total in reversed(self._losses) if samples)
+        total, samples = next(filled, (math.nan, 1))
+        return float(total) / samples
 
     def first_nonfinite(self) -> int | None:
         """Return the first step since `restart` at which this rank's loss was NaN or infinite. Waits for the device."""

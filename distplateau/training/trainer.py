@@ -22,7 +22,7 @@ from distplateau.record.ledger import sealed_run_id
 from distplateau.training import journal
 from distplateau.training.interruption import Call, Interrupted, Interruption
 from distplateau.training.mistakes import told_once
-from distplateau.training.processes import accelerated, repeatable_kernels, threads_put_back
+from distplateau.training.processes import accelerated, random_numbers_put_back, repeatable_kernels, threads_put_back
 from distplateau.training.progress import ProgressReport
 from distplateau.training.replica import Replica
 from distplateau.training.saving import snapshot
@@ -31,7 +31,7 @@ from distplateau.training.saving.lock import only_one
 from distplateau.training.saving.resuming import agree_on_newest
 from distplateau.training.saving.snapshot import Unfinished, check_state
 from distplateau.training.saving.writer import BackgroundWriter
-from distplateau.training.setup import Parts, check_run_folder, prepare_parts
+from distplateau.training.setup import Parts, check_run_folder, check_same, check_samples, prepare_parts
 from distplateau.training.step import TrainStep
 from distplateau.training.validation import measure, sync_buffers
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from accelerate import Accelerator
+    from torch import Tensor
 
     from distplateau.lockstep.plateau import Decision
     from distplateau.lockstep.scheduler import Consultation
@@ -70,6 +71,7 @@ def train(config: Config, *, override: bool = False) -> Path:
 def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path:
     """Train what was built already; see `train`. Every rank calls it."""
     check_run_folder(config, override=override)
+    check_samples(config, parts.data, override=override)
     with only_one(config.run_dir):
         ddp = DistributedDataParallelKwargs(
             gradient_as_bucket_view=True, broadcast_buffers=False, static_graph=config.training.static_graph
@@ -79,7 +81,9 @@ def train_parts(config: Config, parts: Parts, *, override: bool = False) -> Path
             told_once(),
             threads_put_back(),
             repeatable_kernels(config.training.deterministic),
+            random_numbers_put_back(accelerator.device),
         ):
+            check_same(config, parts)
             Trainer(config, parts, accelerator).run()
     return config.run_dir
 
@@ -331,7 +335,8 @@ class Trainer:
             Return when it is on the disk; otherwise it is written while training goes on.
         """
         self._saved_time = time.monotonic()
-        unfinished = self._unfinished() if self._validated_at != self.replica.step else Unfinished()
+        at_validation = self._validated_at == self.replica.step
+        unfinished = Unfinished(buffers=self._unsaved_buffers()) if at_validation else self._unfinished()
         if self.main and self._failure is None:
             checkpoint = snapshot.take(self.replica, unfinished)
             self._attempt(lambda: self._write(checkpoint, wait=wait))
@@ -356,9 +361,19 @@ class Trainer:
         """Gather what the ranks hold since the last validation. Collective."""
         label = f"the checkpoint at step {self.replica.step}"
         sums = consensus.exchange([self.train_step.train_loss.partial()], consensus.Fingerprint(), label=label)
-        own = {name: buffer.cpu() for name, buffer in self.replica.network.named_buffers()}
         nonfinite = None if sums.partials[0].finite else self._trace_nonfinite()
-        return Unfinished(asdict(sums.partials[0]), gather_object([own]) if own else [], nonfinite)
+        return Unfinished(asdict(sums.partials[0]), self._buffers(), nonfinite)
+
+    def _unsaved_buffers(self) -> list[dict[str, Tensor]]:
+        """Gather the buffers at a validation, where all ranks have the same, if some are in no state dict."""
+        network = self.replica.network
+        return self._buffers() if dict(network.named_buffers()).keys() - network.state_dict().keys() else []
+
+    def _buffers(self) -> list[dict[str, Tensor]]:
+        """Gather what each rank holds in buffers. Collective."""
+        # On a CPU they would change while the writer copies them.
+        own = {name: buffer.clone().cpu() for name, buffer in self.replica.network.named_buffers()}
+        return gather_object([own]) if own else []
 
     def _resume(self) -> Checkpoint | None:
         """Continue from the newest checkpoint that is whole and this run's. Every rank reads it. Collective.
@@ -417,6 +432,9 @@ class Trainer:
             progress.say(f"schedule.{key} has no effect on the {self.config.schedule.name} schedule", "yellow")
         if resumed is not None and self.replica.end() is None:
             progress.say(f"resumed from {resumed.path} after validation {resumed.state['validations']}")
+            state = self.replica.scheduler.state
+            if state.validations:
+                progress.stands_at(state.best, state.num_bad)
 
     def _finish(self, progress: ProgressReport) -> None:
         """Record the end, once everything before it is on the disk."""

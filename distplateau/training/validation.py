@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from distplateau.errors import InputError
+from distplateau.training.data.loader import kind_of
 from distplateau.training.data.order import deal_batches
 from distplateau.training.data.samples import DataSet, Samples, Split
 from distplateau.training.parts.imports import short
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def metric_names(objective: Objective, network: nn.Module, data: DataSet) -> tuple[str, ...]:
     """Return what a validation measures, by running two samples through the network; they leave no trace in it."""
-    images, labels = _first_two(data.validation)
+    images, labels = first_two(data.validation)
     with torch.no_grad():
         outputs = try_forward(network, data.normalize(images), training=False)
         return tuple(objective.metrics(outputs, labels))
@@ -39,7 +40,7 @@ def try_training(objective: Objective, network: nn.Module, data: DataSet) -> Non
     InputError
         If one of them fails, or the loss has no gradient.
     """
-    images, labels = _first_two(data.train)
+    images, labels = first_two(data.train)
     losses = objective.loss(try_forward(network, data.normalize(images), training=True), labels)
     if not losses.requires_grad and any(parameter.requires_grad for parameter in network.parameters()):
         fix = "compute it from the model's outputs with torch's functions, without detach(), item() or numpy()"
@@ -54,6 +55,7 @@ def try_forward(network: nn.Module, inputs: Tensor, *, training: bool) -> Tensor
     InputError
         If the network raises, or does not give one output for each sample.
     """
+    _check_state(network)
     modes = [(module, module.training) for module in network.modules()]
     device = next((parameter.device for parameter in network.parameters()), inputs.device)
     network.train(training)
@@ -77,10 +79,28 @@ def try_forward(network: nn.Module, inputs: Tensor, *, training: bool) -> Tensor
         got = f"a tensor {list(outputs.shape)}" if isinstance(outputs, Tensor) else f"a {type(outputs).__name__}"
         fix = "return one tensor of outputs [n, ...], in training and in evaluation"
         raise InputError("model", f"gives {got} for {len(inputs)} samples", fix)
-    return outputs.float().to(inputs.device)
+    return _at_least_float32(outputs).to(inputs.device)
 
 
-def _first_two(samples: Samples) -> tuple[Tensor, Tensor]:
+def _check_state(network: nn.Module) -> None:
+    """Refuse a network whose state cannot be exchanged between ranks and saved without pickle."""
+    for name, held in network.state_dict().items():
+        if not isinstance(held, Tensor):
+            problem = f"{name} in its state_dict() is {kind_of(held)}"
+            raise InputError("model", problem, "keep tensors alone there: let get_extra_state() give one, or none")
+    for name, buffer in network.named_buffers():
+        if not is_lazy(buffer) and any(
+            n > 1 and not step for n, step in zip(buffer.shape, buffer.stride(), strict=True)
+        ):
+            fix = "register buffer.clone() or buffer.contiguous()"
+            raise InputError("model", f"the buffer {name} is an expanded tensor, which cannot be written to", fix)
+
+
+def _at_least_float32(outputs: Tensor) -> Tensor:
+    return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+
+def first_two(samples: Samples) -> tuple[Tensor, Tensor]:
     """Return two samples, the only one twice: BatchNorm cannot train on one."""
     indices = torch.tensor([0, min(1, len(samples) - 1)])
     [batch] = samples.batches([indices], torch.device("cpu"), [0])
@@ -107,7 +127,9 @@ def measure(
     with torch.inference_mode():
         ranges = deal_batches(len(samples), batch_size, accelerator.process_index, accelerator.num_processes)
         for images, labels in _blocks(samples, ranges, accelerator.device):
-            outputs = network(data.normalize(images)).float()
+            inputs = data.normalize(images)
+            # A model may change its inputs in place, and what needs no normalization are the user's own tensors.
+            outputs = _at_least_float32(network(images.clone() if inputs is images else inputs))
             measured = objective.metrics(outputs, labels)
             if measured.keys() != metrics.keys():
                 _tell_changed_names(measured.keys() ^ metrics.keys())
@@ -146,6 +168,6 @@ def sync_buffers(model: nn.Module, how: str) -> None:
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
         else:
-            dist.broadcast(flat, src=0)
+            dist.broadcast(flat.view(torch.uint8), src=0)  # gloo does not know every dtype
         for buffer, values in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(values.view_as(buffer))

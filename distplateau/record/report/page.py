@@ -38,6 +38,7 @@ from distplateau.record.words import (
     MAX_GROUPS_NAMED,
     TIMES_SIGN,
     duration,
+    metric_label,
     metric_text,
     plural,
     rates_text,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "report.html"
 FIGURES = "figures"
+_IN_TILE = 6  # metrics of an evaluation
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -115,8 +117,7 @@ def tiles(history: History) -> Iterable[tuple[str, str, str]]:
                     "with the best weights",
                 )
         for split, result in (evaluations(history) or {}).items():
-            facts = f"loss {short(result['loss'], 4)}, {result['count']:,} samples"
-            yield f"{split} accuracy", metric_text("val/accuracy", result["accuracy"]), facts
+            yield _evaluation_tile(split, result)
         yield (
             "learning rate",
             rates_text(last["lr_after"]),
@@ -133,6 +134,20 @@ def tiles(history: History) -> Iterable[tuple[str, str, str]]:
         )
     ranks = dict.fromkeys(e.get("ranks", 1) for e in validations) or [history.start.get("world_size", 1)]
     yield "ranks", " → ".join(map(str, ranks)), str(history.start.get("device", ""))
+
+
+def _evaluation_tile(split: str, result: dict[str, Any]) -> tuple[str, str, str]:
+    """Show what a split was measured to be: the accuracy, or the loss where there is none, then the others."""
+    head = "accuracy" if "accuracy" in result else "loss"
+    others = [name for name in result if name not in {head, "count"}]
+    facts = [f"{metric_label(f'val/{name}')} {metric_text(f'val/{name}', result[name])}" for name in others[:_IN_TILE]]
+    if len(others) > _IN_TILE:
+        facts.append(f"{len(others) - _IN_TILE} more in evaluation.json")
+    return (
+        f"{split} {head}",
+        metric_text(f"val/{head}", result[head]),
+        ", ".join([*facts, f"{result['count']:,} samples"]),
+    )
 
 
 def _change_tiles(history: History) -> Iterable[tuple[str, str, str]]:

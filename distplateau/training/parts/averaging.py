@@ -34,7 +34,10 @@ class WeightAverage:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.network = copy.deepcopy(network).eval().requires_grad_(requires_grad=False)
+        # What a forward pass left on a module cannot be copied as long as it has a graph.
+        held = (value for module in network.modules() for value in vars(module).values())
+        memo = {id(one): one.detach().clone() for one in held if isinstance(one, torch.Tensor) and not one.is_leaf}
+        self.network = copy.deepcopy(network, memo).eval().requires_grad_(requires_grad=False)
         self._source = network
         self._pairs = [
             pair

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from distplateau.errors import InputError
@@ -72,7 +73,8 @@ class Objective:
             values["val/top5"] = (outputs.topk(_TOP_K).indices == targets[:, None]).any(1)
         if self.further:
             own = {
-                f"val/{name}": self._checked(name, value, len(targets)) for name, value in self._own(outputs, targets)
+                f"val/{name}": self._checked(str(name), value, len(targets))
+                for name, value in self._own(outputs, targets)
             }
             taken = own.keys() & {*values, "val/count"}
             if taken:
@@ -103,6 +105,10 @@ class Objective:
             raise InputError(
                 "training.metrics", f"{name} is {shape} for {samples} samples", "return one value per sample, [n]"
             )
+        if not name or not name.isprintable():
+            raise InputError("training.metrics", f"{name!r} is no name to print", "name the metric in letters")
+        if value.layout != torch.strided:
+            raise InputError("training.metrics", f"{name} is a sparse tensor", "return its to_dense()")
         if value.is_complex():
             raise InputError("training.metrics", f"{name} is complex", "return real numbers, such as its abs()")
         return value

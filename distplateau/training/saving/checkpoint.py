@@ -63,7 +63,8 @@ class Checkpoint:
     average
         State dict of the moving average of the weights, where there is one.
     buffers
-        In the middle of an epoch: the buffers of each rank, which hold BatchNorm statistics of its own samples.
+        In the middle of an epoch: the buffers of each rank, which hold BatchNorm statistics of its own samples. At a
+        validation they are equal on all ranks, and there only where some are in no state dict.
     best
         If its weights (the average, where there is one) are the best so far: what is to be written in their file.
     path

@@ -13,7 +13,9 @@ from distplateau.training.replica import Best
 from distplateau.training.saving.checkpoint import Checkpoint, MisfitError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
 
     from distplateau.training.replica import Replica
 
@@ -34,7 +36,7 @@ class Unfinished:
     train_loss
         Exact sum of the training losses over all ranks.
     buffers
-        Those of each rank: BatchNorm's statistics of its own samples.
+        Those of each rank: BatchNorm's statistics of its own samples, and what is in no state dict.
     nonfinite
         Step and rank of the first training loss that was NaN or infinite.
     """
@@ -112,13 +114,22 @@ def best_metadata(replica: Replica) -> dict[str, str]:
     }
 
 
+def _put_back_buffers(network: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """Take over all buffers, also those that are in no state dict."""
+    for name, buffer in network.named_buffers():
+        if saved[name].shape != buffer.shape:
+            raise MisfitError(f"its buffer {name} is {list(saved[name].shape)} and not {list(buffer.shape)}")
+        buffer.copy_(saved[name])
+
+
 def put_back(replica: Replica, checkpoint: Checkpoint) -> None:
     """Take over everything but the losses since the last validation, which would be added twice. Every rank."""
     state, accelerator = checkpoint.state, replica.accelerator
     same_ranks = state["world_size"] == accelerator.num_processes
     replica.network.load_state_dict(dict(checkpoint.model))
-    if len(checkpoint.buffers) == accelerator.num_processes:
-        replica.network.load_state_dict(dict(checkpoint.buffers[accelerator.process_index]), strict=False)
+    if checkpoint.buffers:
+        same = len(checkpoint.buffers) == accelerator.num_processes
+        _put_back_buffers(replica.network, checkpoint.buffers[accelerator.process_index if same else 0])
     if replica.average:
         replica.average.network.load_state_dict(dict(checkpoint.average or checkpoint.model))
     if replica.config.schedule.restore_best:
