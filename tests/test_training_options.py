@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from distplateau.errors import InputError
 from distplateau.record.ledger import read_ledger
+from distplateau.record.report.page import write_report
 from distplateau.record.story import find_warnings
 from distplateau.training.evaluate import evaluate
 from distplateau.training.parts.averaging import WeightAverage
@@ -337,3 +339,25 @@ def _in_folder(rank, folder, config, validations=None):
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     return _train(rank, config) if validations is None else _train_until(rank, config, validations)
+
+
+def own_metrics(outputs, targets):
+    """Depends on the precision, and has no value for a class."""
+    products = outputs @ outputs.T
+    return {"gram": products.mean(1), "first": torch.where(targets == 0, torch.nan, outputs[:, 0])}
+
+
+def test_evaluation_measures_as_training_does_and_writes_json(tmp_path):
+    sections = {
+        "training": {"epochs": 1, "precision": "bf16", "metrics": "test_training_options:own_metrics"},
+        "data": {"validation_size": 0.2},
+    }
+    run_ranks(_train, 1, make_config(tmp_path, **sections))
+    measured = read_ledger(tmp_path / "run").validations[-1]["metrics"]
+    result = evaluate(tmp_path / "run", split="validation")
+    assert result["gram"] == measured["val/gram"]
+    assert math.isnan(result["first"])
+    text = (tmp_path / "run" / "evaluation.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["validation"]["first"] == "nan"
+    page = write_report(tmp_path / "run").read_text()
+    assert "validation accuracy" in page and "gram " in page
